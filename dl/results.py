@@ -161,7 +161,7 @@ def write_provenance(profile: Profile, files: dict[str, Path]) -> Path:
     for name, path in files.items():
         path = Path(path)
         if not path.exists():
-            raise FileNotFoundError(f"provenance input {name!r} is missing at {path}: run ./run_all.sh check, or restore it with git")
+            raise FileNotFoundError(f"provenance input {name!r} is missing at {path}: run python -m dl check, or restore it with git")
         members = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         lines = [f"{sha256_file(member)}  {member.relative_to(path) if path.is_dir() else member.name}" for member in members]
         digest = lines[0][:64] if path.is_file() else hashlib.sha256("\n".join(lines).encode()).hexdigest()
