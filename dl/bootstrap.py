@@ -1,0 +1,220 @@
+"""Intervals: resample the recordings behind the clips, draw a training seed and a noise seed, score, repeat.
+
+Scenes share recordings, so clips are not independent. The cluster bootstrap is the pigeonhole bootstrap (Owen, Annals of Applied
+Statistics 2007): recordings are drawn with replacement, and a scene counts the product of how often each of its recordings was
+drawn. Beside it stands the plain clip bootstrap, which is too narrow where clips share recordings.
+
+Each replicate also draws one training seed and one noise seed, so that an interval speaks of *one* trained model, not of the mean
+of several. Two systems are compared on the same draws. Resampling adds noise of its own to squared distances (a centroid gap of
+resampled clips is larger than that of the clips); so a metric's replicates are shifted by their mean excess over the value of the
+run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dl.metrics import Reference, gap_metrics, not_computed_reason
+from dl.neighbours import weighted_mean
+
+HEAVY_SAMPLES = 200   # [ours] replicates of the metrics that need an eigen-decomposition each; recordings only, no clip bootstrap
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The random part of R replicates, the same for every system.
+
+    Attributes:
+        cluster: (R, n) float64, how often each clip counts when recordings are resampled.
+        clip: (R, n) float64, how often each clip counts when clips are resampled.
+        seed: (R,) in [0, 1), which training seed (as a share of the list).
+        noise_seed: (R,) in [0, 1), which noise seed.
+    """
+
+    cluster: NDArray
+    clip: NDArray
+    seed: NDArray
+    noise_seed: NDArray
+
+
+def make_draws(clusters: list[tuple[str, ...]], n_samples: int = 1000, seed: int = 0) -> Draws:
+    """Draw R = ``n_samples`` replicates.
+
+    Args:
+        clusters: for each of the n clips the ids of its recordings (AudioCaps: the one YouTube id).
+        n_samples: R.
+        seed: of the bootstrap itself.
+    """
+    rng = np.random.default_rng(seed)
+    recordings = {name: i for i, name in enumerate(dict.fromkeys(name for members in clusters for name in members))}
+    counts = rng.multinomial(len(recordings), np.full(len(recordings), 1 / len(recordings)), size=n_samples)
+    cluster = np.stack([counts[:, [recordings[name] for name in set(members)]].prod(1) for members in clusters], axis=1).astype(float)
+    clip = rng.multinomial(len(clusters), np.full(len(clusters), 1 / len(clusters)), size=n_samples).astype(float)
+    return Draws(cluster, clip, rng.random(n_samples), rng.random(n_samples))
+
+
+@dataclass(eq=False)
+class SystemScores:
+    """What one system scored: a value for each run and metric, and its replicates.
+
+    Attributes:
+        system: its name.
+        runs: (seed, noise_seed) of each of the K runs.
+        n_items: how many clips count.
+        points: metric -> (K,) values.
+        replicates: metric -> (R,) with recordings resampled, shifted as the module's head says; NaN beyond those computed.
+        clip_replicates: the same with clips resampled.
+        reasons: metric -> why it has no value.
+    """
+
+    system: str
+    runs: list[tuple[int, int]]
+    n_items: int
+    points: dict[str, NDArray]
+    replicates: dict[str, NDArray]
+    clip_replicates: dict[str, NDArray]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, **labels) -> list[dict]:
+        """Rows for ``MetricsFile.add``: each run, then the sum over runs (seed = noise_seed = "all") with its interval.
+
+        Args:
+            labels: columns that all rows share (experiment, split, space, ids_sha256, ...).
+        """
+        out = []
+        for metric, values in self.points.items():
+            shared = {**labels, "system": self.system, "n_items": self.n_items, "metric": metric}
+            reason = self.reasons.get(metric, "")
+            out += [{**shared, "seed": s, "noise_seed": k, "value": float(v), "reason": reason if np.isnan(v) else ""}
+                    for (s, k), v in zip(self.runs, values)]
+            summary = {**shared, "seed": "all", "noise_seed": "all", "value": self.mean(metric), "sd": _sd(values), "reason": reason}
+            out.append(summary | _interval(self.replicates[metric], "") | _interval(self.clip_replicates[metric], "clip_"))
+        return out
+
+    def mean(self, metric: str) -> float:
+        """Mean over runs, each training seed with equal weight."""
+        return float(np.mean([self.points[metric][runs].mean() for runs in _runs_by_seed(self.runs)]))
+
+
+def score_system(system: str, mapped: list[tuple[int, int, ArrayLike]], reference: Reference, draws: Draws, mask: NDArray | None = None,
+                 heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
+    """Score one system's mapped vectors with all gap metrics and their intervals.
+
+    Args:
+        system: its name.
+        mapped: (seed, noise_seed, (n, D) unit-norm vectors) of each run; a deterministic system has one.
+        reference: the split's texts.
+        draws: replicates, the same object for systems that will be compared.
+        mask: (n,) bool, the clips that count (a subset such as the seen ones); the gallery stays whole.
+        heavy_samples: replicates of ``dl.metrics.HEAVY`` metrics, whose clip interval stays blank; 0 leaves both blank.
+
+    Example:
+        >>> draws = make_draws(split.clusters)
+        >>> raw = score_system("raw", [(0, 0, audio)], reference, draws)
+        >>> MetricsFile(profile).add(raw.rows(experiment="gap", split="test"))
+    """
+    kept = np.ones(len(reference.text)) if mask is None else np.asarray(mask, dtype=float)
+    points: dict[str, NDArray] = {}
+    weights = np.concatenate([draws.cluster, draws.clip]) * kept
+    replicates: dict[str, NDArray] = {}
+    runs = [(seed, noise_seed) for seed, noise_seed, _ in mapped]
+    drawn = _drawn_runs(runs, draws)
+    for run, (_, _, vectors) in enumerate(mapped):
+        mine = np.flatnonzero(np.tile(drawn == run, 2))
+        light = mine[mine < min(heavy_samples, len(drawn))]
+        for heavy, index in ((False, mine), (True, light)):
+            for metric, values in gap_metrics(vectors, reference, np.concatenate([kept[None], weights[index]]), heavy=heavy).items():
+                points.setdefault(metric, np.empty(len(mapped)))[run] = values[0]
+                replicates.setdefault(metric, np.full(len(weights), np.nan))[index] = values[1:]
+    return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
+
+
+def score_clips(system: str, scores: list[tuple[int, int, dict[str, ArrayLike]]], draws: Draws, mask: NDArray | None = None) -> SystemScores:
+    """The same for metrics that are a mean over clips (CIDEr-D, METEOR, ...).
+
+    Args:
+        scores: (seed, noise_seed, metric -> (n,) score of each clip) of each run.
+    """
+    kept = np.ones(draws.clip.shape[1]) if mask is None else np.asarray(mask, dtype=float)
+    weights = np.concatenate([draws.cluster, draws.clip]) * kept
+    runs = [(seed, noise_seed) for seed, noise_seed, _ in scores]
+    drawn = _drawn_runs(runs, draws)
+    points = {metric: np.empty(len(runs)) for metric in scores[0][2]}
+    replicates = {metric: np.full(len(weights), np.nan) for metric in points}
+    for run, (_, _, by_metric) in enumerate(scores):
+        mine = np.flatnonzero(np.tile(drawn == run, 2))
+        for metric, values in by_metric.items():
+            stacked = weighted_mean(np.asarray(values, dtype=float), np.concatenate([kept[None], weights[mine]]))
+            points[metric][run], replicates[metric][mine] = stacked[0], stacked[1:]
+    return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
+
+
+def paired_difference(system: SystemScores, baseline: SystemScores, relative: bool = False, **labels) -> list[dict]:
+    """Rows of system - baseline, replicate by replicate on the same recordings and seeds.
+
+    Args:
+        system: scores of the system.
+        baseline: scores of the baseline, on the same draws.
+        relative: (system - baseline) / baseline instead; the metric's name then ends in ``_relative_gain``.
+        labels: columns that all rows share.
+
+    Returns:
+        one row a metric, system = ``<system>-<baseline>``, value = difference of the means, with both intervals.
+
+    Raises:
+        ValueError: the two were scored on different draws or clips.
+    """
+    rows = []
+    for metric in system.points.keys() & baseline.points.keys():
+        ours, theirs = system.replicates[metric], baseline.replicates[metric]
+        if len(ours) != len(theirs) or system.n_items != baseline.n_items:
+            raise ValueError(f"{system.system} and {baseline.system} were scored on different draws: score both with the same Draws and mask")
+        difference, clip_difference = ours - theirs, system.clip_replicates[metric] - baseline.clip_replicates[metric]
+        value = system.mean(metric) - baseline.mean(metric)
+        if relative:
+            value /= baseline.mean(metric)
+            difference, clip_difference = difference / theirs, clip_difference / baseline.clip_replicates[metric]
+        row = {
+            **labels, "system": f"{system.system}-{baseline.system}", "seed": "all", "noise_seed": "all", "n_items": system.n_items,
+            "metric": metric + ("_relative_gain" if relative else ""), "value": value,
+            "reason": system.reasons.get(metric) or baseline.reasons.get(metric, ""),
+        }
+        rows.append(row | _interval(difference, "") | _interval(clip_difference, "clip_"))
+    return sorted(rows, key=lambda row: row["metric"])
+
+
+def _runs_by_seed(runs: list[tuple[int, int]]) -> list[list[int]]:
+    """Positions of the runs of each training seed, noise seeds in order."""
+    seeds = sorted({seed for seed, _ in runs})
+    return [sorted((i for i, run in enumerate(runs) if run[0] == seed), key=lambda i: runs[i][1]) for seed in seeds]
+
+
+def _drawn_runs(runs: list[tuple[int, int]], draws: Draws) -> NDArray:
+    """Which run each replicate draws; (R,) int."""
+    by_seed = _runs_by_seed(runs)
+    chosen = (by_seed[int(u * len(by_seed))] for u in draws.seed)
+    return np.array([of_seed[int(v * len(of_seed))] for of_seed, v in zip(chosen, draws.noise_seed)])
+
+
+def _collect(system, runs, n_items, points, replicates, drawn) -> SystemScores:
+    half, shifted = len(drawn), {}
+    for metric, values in replicates.items():
+        excess = values.reshape(2, half) - points[metric][drawn]
+        known = ~np.isnan(excess)
+        mean = np.where(known, excess, 0).sum(1) / np.maximum(known.sum(1), 1)
+        shifted[metric] = values.reshape(2, half) - mean[:, None]
+    reasons = {metric: not_computed_reason(metric, n_items) or "no value: the weights or vectors are degenerate"
+               for metric, values in points.items() if np.isnan(values).any()}
+    return SystemScores(system, runs, n_items, points, {k: v[0] for k, v in shifted.items()}, {k: v[1] for k, v in shifted.items()}, reasons)
+
+
+def _sd(values: NDArray) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _interval(replicates: NDArray, prefix: str) -> dict[str, float | None]:
+    known = replicates[~np.isnan(replicates)]
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) >= 40 else (None, None)
+    return {f"{prefix}ci_low": None if low is None else float(low), f"{prefix}ci_high": None if high is None else float(high)}

@@ -1,0 +1,289 @@
+"""Gap metrics: how far a set of (mapped) audio vectors stands from its paired texts, in ten groups.
+
+Notation: a_i, t_i are the audio vector and caption 1 of clip i, unit norm, (n, D); the gallery holds all captions, (m, D).
+Every metric takes ``weights`` (R, n), one clip weighting a row, and returns (R,): uniform weights (the default, R = 1) give the
+value itself, a bootstrap gives all its replicates in a few matrix products. w_i below is a row divided by its sum. Means over
+pairs of items leave i = j out: sum_{i != j} w_i w_j k_ij / sum_{i != j} w_i w_j. Everything runs in float64.
+
+The ranking of a gallery, the neighbours of an item and a fitted classifier are held fixed while weights vary.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dl.neighbours import (
+    RETRIEVAL_METRICS,
+    as_array,
+    covariance,
+    effective_rank,
+    gram_correlation,
+    knn_overlap,
+    linear_cka,
+    off_diagonal_mean,
+    quadratic,
+    retrieval,
+    squared_distances,
+    weight_rows,
+    weighted_mean,
+)
+
+MIN_ITEMS = 20   # [ours] below this a neighbour or rank metric is not computed
+HEAVY = ("frechet_distance", "effective_rank")   # one eigen-decomposition a weighting
+DIRECTION = {    # which side is better; a metric that is missing here has no better side of its own
+    "pair_cosine": "higher", "cosine_margin": "higher", "centroid_gap": "lower", "rmg": "lower", "separability_accuracy": "lower",
+    "separability_auc": "lower", "frechet_distance": "lower", "mmd2": "lower", "alignment": "lower", "gram_correlation": "higher",
+    "linear_cka": "higher", "knn_overlap": "higher", "gap_length": "lower", "share_toward_text": "higher",
+    **{name: "higher" for name in RETRIEVAL_METRICS},
+}
+
+
+# ------------------------------------------------------------------------------------- 1-3: cosines, centroids, relative gap
+def pair_cosine(audio, text, weights=None) -> NDArray:
+    """sum_i w_i cos(a_i, t_i), in -1..1. [similarity of matched pairs; (paper~) one of its two criteria]"""
+    return weighted_mean(np.einsum("id,id->i", as_array(audio), as_array(text)), weights)
+
+
+def nonpair_cosine(audio, text, weights=None) -> NDArray:
+    """Mean of cos(a_i, t_j) over i != j, in -1..1."""
+    audio, text = as_array(audio), as_array(text)
+    rows = weight_rows(weights, len(audio))
+    total = np.einsum("rd,rd->r", rows @ audio, rows @ text)
+    return off_diagonal_mean(rows, total, np.einsum("id,id->i", audio, text))
+
+
+def cosine_margin(audio, text, weights=None) -> NDArray:
+    """pair_cosine - nonpair_cosine: a map that sends everything to one point gains the first and nothing here. [ours]"""
+    return pair_cosine(audio, text, weights) - nonpair_cosine(audio, text, weights)
+
+
+def centroid_gap(audio, text, weights=None) -> NDArray:
+    """||sum_i w_i a_i - sum_i w_i t_i||, in 0..2. [Liang et al., NeurIPS 2022]"""
+    return np.linalg.norm(weight_rows(weights, len(audio)) @ (as_array(audio) - as_array(text)), axis=1)
+
+
+def rmg(audio, text, weights=None) -> NDArray:
+    """Relative modality gap P / (P + (W_a + W_t) / 2), in 0..1. [Schrodi et al., ICLR 2025]
+
+    d = (1 - cos) / 2; P = sum_i w_i d(a_i, t_i); W_a, W_t = mean of d over i != j inside a modality.
+    """
+    audio, text = as_array(audio), as_array(text)
+    rows = weight_rows(weights, len(audio))
+
+    def within(x: NDArray) -> NDArray:
+        return (1 - off_diagonal_mean(rows, ((rows @ x) ** 2).sum(1), (x**2).sum(1))) / 2
+
+    paired = rows @ ((audio - text) ** 2).sum(1) / 4      # (1 - cos) / 2 = ||a - t||^2 / 4 on the unit sphere
+    return paired / (paired + (within(audio) + within(text)) / 2)
+
+
+# --------------------------------------------------------------------------------------------------- 4: can they be told apart
+def separability(audio, text, weights=None, seed: int = 0) -> dict[str, NDArray]:
+    """Accuracy and AUC of a logistic regression that tells a from t on clips it was not fitted on (0.5 = closed).
+
+    Clips are split into two halves by ``seed``; a clip's two vectors stay together; each half is judged by the other half's
+    classifier (inputs times sqrt(D), C = 1). [ours] AUC counts pairs (t_i, a_j) of one half, ties as one half.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
+
+    audio, text = as_array(audio), as_array(text)
+    n, scale = len(audio), np.sqrt(audio.shape[1])
+    fold = np.random.default_rng(seed).permutation(n) % 2
+    audio_score, text_score = np.empty(n), np.empty(n)
+    for half in (0, 1):
+        fit, held = fold != half, fold == half
+        inputs = np.concatenate([audio[fit], text[fit]]) * scale
+        with threadpool_limits(1):    # the same bits on any number of cores, and faster at this size
+            model = LogisticRegression(max_iter=300).fit(inputs, np.repeat([0, 1], fit.sum()))
+        audio_score[held], text_score[held] = model.decision_function(audio[held] * scale), model.decision_function(text[held] * scale)
+    accuracy = ((audio_score < 0) + (text_score > 0).astype(float)) / 2
+    same_half = (fold[:, None] == fold[None]).astype(float)
+    difference = text_score[:, None] - audio_score[None]
+    wins = ((difference > 0) + 0.5 * (difference == 0)) * same_half
+    rows = weight_rows(weights, n)
+    return {"separability_accuracy": rows @ accuracy, "separability_auc": quadratic(rows, wins) / quadratic(rows, same_half)}
+
+
+# --------------------------------------------------------------------------------------------- 5-7: distances of distributions
+def frechet_distance(audio, text, weights=None) -> NDArray:
+    """||mu_a - mu_t||^2 + tr(C_a + C_t - 2 (C_a^(1/2) C_t C_a^(1/2))^(1/2)), >= 0. [Heusel et al., NeurIPS 2017]
+
+    C <- (1 - s) C + s (tr C / D) I, with s of Ledoit and Wolf (2004) for each set, from all its items (n is near D). Its floor is
+    the value of the row ``text_floor``: another caption of the same clips against caption 1.
+    """
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
+    audio, text = as_array(audio), as_array(text)
+    rows = weight_rows(weights, len(audio))
+    shrinkage = [ledoit_wolf_shrinkage(x) for x in (audio, text)]
+    values = np.full(len(rows), np.nan)
+    for r, row in enumerate(rows):
+        if np.isnan(row).any():
+            continue
+        mu_a, mu_t = row @ audio, row @ text
+        c_a, c_t = (_shrunk(covariance(x, row), s) for x, s in zip((audio, text), shrinkage))
+        root = np.linalg.cholesky(c_a + 1e-12 * np.eye(len(c_a)))
+        eigenvalues = np.linalg.eigvalsh(root.T @ c_t @ root)
+        overlap = np.sqrt(np.maximum(eigenvalues, 0)).sum()
+        values[r] = ((mu_a - mu_t) ** 2).sum() + np.trace(c_a) + np.trace(c_t) - 2 * overlap
+    return values
+
+
+def _shrunk(covariance: NDArray, shrinkage: float) -> NDArray:
+    d = len(covariance)
+    return (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / d * np.eye(d)
+
+
+def median_bandwidth(text) -> float:
+    """sigma = median of ||t_i - t_j|| over i < j, of the raw texts: one value for all systems. [the median heuristic]"""
+    distances = squared_distances(as_array(text), as_array(text))
+    return float(np.sqrt(np.median(distances[np.triu_indices(len(distances), 1)])))
+
+
+def mmd2(audio, text, bandwidth: float, weights=None) -> NDArray:
+    """Squared maximum mean discrepancy, unbiased: mean over i != j of k(a_i, a_j) + k(t_i, t_j) - k(a_i, t_j) - k(a_j, t_i).
+
+    k(x, y) = exp(-||x - y||^2 / (2 sigma^2)), sigma = ``bandwidth``. [Gretton et al., JMLR 2012, lemma 6, in its form for equal
+    sizes: pairs are not independent, so k(a_i, t_i) stays out.] It may fall below 0 where the two sets agree.
+    """
+    audio, text = as_array(audio), as_array(text)
+    kernel = [np.exp(-squared_distances(x, y) / (2 * bandwidth**2)) for x, y in ((audio, audio), (text, text), (audio, text))]
+    h = kernel[0] + kernel[1] - kernel[2] - kernel[2].T
+    rows = weight_rows(weights, len(audio))
+    return off_diagonal_mean(rows, quadratic(rows, h), np.diag(h))
+
+
+def alignment(audio, text, weights=None) -> NDArray:
+    """sum_i w_i ||a_i - t_i||^2, in 0..4. [Wang & Isola, ICML 2020, alpha = 2]"""
+    return weighted_mean(((as_array(audio) - as_array(text)) ** 2).sum(1), weights)
+
+
+def uniformity(audio, weights=None) -> NDArray:
+    """log of the mean over i != j of exp(-2 ||a_i - a_j||^2), <= 0; 0 = all at one point. [Wang & Isola, ICML 2020, t = 2]"""
+    audio = as_array(audio)
+    rows = weight_rows(weights, len(audio))
+    kernel = np.exp(-2 * squared_distances(audio, audio))
+    return np.log(off_diagonal_mean(rows, quadratic(rows, kernel), np.diag(kernel)))
+
+
+# -------------------------------------------------------------------------------------------------- 10: the gap as one vector
+def gap_length(audio, text, weights=None, group_size: int = 100) -> NDArray:
+    """Length of the mean gap over a group of pairs: sqrt(||g||^2 + tr S / group_size). [C3: Zhang et al., ICLR 2024; our reading]
+
+    g = mean of a_i - t_i, S = their covariance. C3's published analysis shuffles the pairs once, averages the gap over groups of
+    100 and looks at the lengths; this is their root mean square over all shuffles. A group of 1 gives the gap of single pairs, a
+    large one tends to ``centroid_gap``.
+    """
+    squared, spread = _mean_gap(audio, text, weights)
+    return np.sqrt(squared + spread / group_size)
+
+
+def direction_consistency(audio, text, weights=None, group_size: int = 100) -> NDArray:
+    """Cosine between the mean gaps of two groups of pairs: ||g||^2 / (||g||^2 + tr S / group_size), in 0..1. [C3; our reading]
+
+    As a ratio of expectations, for groups as in ``gap_length``; near 1: the gap is one constant vector.
+    """
+    squared, spread = _mean_gap(audio, text, weights)
+    return squared / (squared + spread / group_size)
+
+
+def _mean_gap(audio, text, weights) -> tuple[NDArray, NDArray]:
+    """||g||^2 and tr S of the gap vectors a_i - t_i; (R,) each."""
+    gaps = as_array(audio) - as_array(text)
+    rows = weight_rows(weights, len(gaps))
+    squared = ((rows @ gaps) ** 2).sum(1)
+    return squared, np.maximum(rows @ (gaps**2).sum(1) - squared, 0)
+
+
+def orthogonality(audio, text, weights=None) -> NDArray:
+    """sum_i w_i |cos(a_i - mean a, g)|, in 0..1; 0: the gap stands across what audio vectors differ in. [C3; our reading]
+
+    C3 plots the signed cosine of differences of audio vectors, whose mean is 0 by symmetry; the size is what can be compared.
+    """
+    audio, text = as_array(audio), as_array(text)
+    rows = weight_rows(weights, len(audio))
+    mean, gap = rows @ audio, rows @ (audio - text)
+    along = audio @ gap.T - (mean * gap).sum(1)
+    length = np.sqrt(np.maximum((audio**2).sum(1)[:, None] - 2 * audio @ mean.T + (mean**2).sum(1), 1e-24))
+    return np.einsum("ri,ir->r", rows, np.abs(along) / length / np.maximum(np.linalg.norm(gap, axis=1), 1e-12))
+
+
+def share_toward_text(audio, text, raw_audio, weights=None) -> NDArray:
+    """Share of clips whose vector moved along mean_t - mean_a: (a_i - raw_i) . (mean_t - mean_raw) > 0. [ours: claim C2]"""
+    audio, text, raw_audio = as_array(audio), as_array(text), as_array(raw_audio)
+    moved = (audio - raw_audio) @ (text.mean(0) - raw_audio.mean(0)) > 0
+    return weighted_mean(moved.astype(float), weights)
+
+
+# --------------------------------------------------------------------------------------------------------------- all together
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The side that stays when systems change: one split's texts. Vectors are unit norm.
+
+    Attributes:
+        text: (n, D) caption 1 of each clip.
+        gallery: (m, D) all captions.
+        gallery_clip: (m,) int, the clip of each caption.
+        bandwidth: sigma of ``mmd2``, ``median_bandwidth(text)`` of the raw texts.
+        raw_audio: (n, D) the encoder's own audio vectors, or None (then ``share_toward_text`` is left out).
+        labels: the set of labels of each clip, or None.
+        exclude: (n,) gallery row that clip i must not meet, or None; see ``retrieval``.
+    """
+
+    text: NDArray
+    gallery: NDArray
+    gallery_clip: NDArray
+    bandwidth: float
+    raw_audio: NDArray | None = None
+    labels: tuple[frozenset[str], ...] | None = None
+    exclude: NDArray | None = None
+
+
+def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: ArrayLike | None = None, heavy: bool | None = None) -> dict[str, NDArray]:
+    """All ten groups of one set of vectors.
+
+    Args:
+        audio_emb: (n, D) raw or mapped audio vectors, unit norm, in the reference's space.
+        reference: the split's texts.
+        weights: (R, n) clip weightings, or None for the value itself.
+        heavy: True gives only the metrics of ``HEAVY``, False leaves them out, None gives all.
+
+    Returns:
+        metric -> (R,) float64; NaN where ``not_computed_reason`` says why.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):      # a degenerate weighting or set of vectors gives NaN
+        values = _all_groups(as_array(audio_emb), reference, weights, heavy)
+    n = len(reference.text)
+    return {name: np.full_like(value, np.nan) if not_computed_reason(name, n) else value for name, value in values.items()}
+
+
+def _all_groups(audio: NDArray, reference: Reference, weights: ArrayLike | None, heavy: bool | None) -> dict[str, NDArray]:
+    text = as_array(reference.text)
+    values: dict[str, NDArray] = {}
+    if heavy is not False:
+        values = {"frechet_distance": frechet_distance(audio, text, weights), "effective_rank": effective_rank(audio, weights)}
+    if heavy is not True:
+        for metric in (pair_cosine, nonpair_cosine, cosine_margin, centroid_gap, rmg, alignment, gram_correlation, linear_cka,
+                       gap_length, direction_consistency, orthogonality):
+            values[metric.__name__] = metric(audio, text, weights)
+        values["mmd2"] = mmd2(audio, text, reference.bandwidth, weights)
+        values["uniformity"] = uniformity(audio, weights)
+        if reference.raw_audio is not None:
+            values["share_toward_text"] = share_toward_text(audio, text, reference.raw_audio, weights)
+        values |= retrieval(audio, reference.gallery, reference.gallery_clip, weights, reference.labels, reference.exclude)
+        if len(audio) >= MIN_ITEMS:
+            values |= separability(audio, text, weights) | {"knn_overlap": knn_overlap(audio, text, weights=weights)}
+        else:
+            values |= {name: np.full(len(values["rmg"]), np.nan) for name in ("separability_accuracy", "separability_auc", "knn_overlap")}
+    return values
+
+
+def not_computed_reason(metric: str, n_items: int) -> str:
+    """Why a metric has no value among that many items; blank if it has one."""
+    ranks = metric in RETRIEVAL_METRICS or metric in ("knn_overlap", "effective_rank") or metric.startswith("separability")
+    if ranks and n_items < MIN_ITEMS:
+        return f"a neighbour or rank metric needs at least {MIN_ITEMS} items, here are {n_items}"
+    return "needs at least 2 items" if n_items < 2 else ""
