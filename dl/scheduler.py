@@ -1,0 +1,250 @@
+"""The noise schedule, the forward noising and the DDIM sampler, with diffusers' names.
+
+Notation (<variable name> -> <name in the papers>)
+    original_samples, pred_original_sample -> x, or x^0: a clean embedding, and the network's prediction of it
+    sample                                 -> x^k: the embedding at noise level k
+    timestep                               -> k in 0..T-1, T = num_train_timesteps
+    betas, alphas                          -> beta_k, alpha_k = 1 - beta_k
+    alphas_cumprod, alpha_prod_t           -> abar_k = product of alpha_0 .. alpha_k (1 is clean, 0 is pure noise)
+    beta_prod_t                            -> 1 - abar_k, the variance of the noise at level k
+    noise, pred_epsilon                    -> eps ~ N(0, I), and the noise that the prediction implies
+    start_timestep                         -> k*, the level at which the sampler enters
+    num_inference_steps                    -> n
+
+DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2021, arXiv 2010.02502. Nothing is clipped: an embedding is no image.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+
+
+@dataclass
+class DDIMSchedulerOutput:
+    """What one reverse step gives: the sample at the next lower level, and the clean embedding it was made from."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """The variances beta_0 .. beta_{T-1}, in float32, operation by operation as diffusers computes them.
+
+    Args:
+        beta_schedule: "scaled_linear" (linear in sqrt(beta)) [SEED], "linear" (Ho et al. 2020), or "squaredcos_cap_v2"
+            (Nichol & Dhariwal 2021, the cosine schedule; it ignores beta_start and beta_end) [peer: Diffusion Bridge].
+        num_train_timesteps: T >= 1.
+        beta_start, beta_end: the first and the last beta, in (0, 1).
+
+    Returns:
+        (T,) float32.
+
+    Raises:
+        ValueError: unknown schedule, T < 1, or betas outside (0, 1).
+    """
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps is {num_train_timesteps}: give at least 1")
+    if not 0.0 < beta_start <= beta_end < 1.0:
+        raise ValueError(f"beta_start {beta_start} and beta_end {beta_end}: need 0 < beta_start <= beta_end < 1")
+    if beta_schedule == "scaled_linear":
+        return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
+    if beta_schedule == "linear":
+        return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+    if beta_schedule == "squaredcos_cap_v2":
+        def alpha_bar(time: float) -> float:
+            return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = [
+            min(1 - alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps), 0.999)
+            for i in range(num_train_timesteps)
+        ]
+        return torch.tensor(betas, dtype=torch.float32)
+    raise ValueError(f"unknown beta_schedule {beta_schedule!r}: choose one of {', '.join(BETA_SCHEDULES)}")
+
+
+class DDIMScheduler:
+    """Forward noising (DDPM) and the deterministic reverse step (DDIM, eta = 0) for a network that predicts x^0.
+
+    Equal to diffusers' DDPMScheduler.add_noise and DDIMScheduler.step with ``prediction_type="sample"``,
+    ``clip_sample=False``, ``set_alpha_to_one=True``; only the choice of inference timesteps is ours (``set_timesteps``).
+
+    Args:
+        num_train_timesteps: T [SEED: 1000].
+        beta_start, beta_end: ends of the schedule [SEED: 1e-4, 0.02].
+        beta_schedule: see ``make_betas`` [SEED: "scaled_linear"].
+
+    Attributes:
+        betas, alphas, alphas_cumprod: (T,) float32.
+        timesteps: (n,) int64, decreasing, set by ``set_timesteps``.
+
+    Example:
+        >>> scheduler = DDIMScheduler()
+        >>> round(float(scheduler.alphas_cumprod[500]), 4)
+        0.3313
+    """
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "scaled_linear",
+    ) -> None:
+        self.num_train_timesteps = num_train_timesteps
+        self.betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.final_alpha_cumprod = torch.tensor(1.0)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.empty(0, dtype=torch.int64)
+
+    def inference_timesteps(self, start_timestep: int, num_inference_steps: int) -> Tensor:
+        """The levels k* = k_1 > k_2 > .. > k_n at which the network is asked, round(linspace(k*, 0, n + 1))[:-1] [ours].
+
+        After the last of them the sampler goes to abar = 1, the clean embedding.
+
+        Args:
+            start_timestep: k* in 0..T-1.
+            num_inference_steps: n in 1..k* (k* = 0 takes n = 1).
+
+        Returns:
+            (n,) int64, strictly decreasing, the first is k*.
+
+        Raises:
+            ValueError: k* or n out of range.
+
+        Example:
+            >>> DDIMScheduler().inference_timesteps(50, 5).tolist()
+            [50, 40, 30, 20, 10]
+        """
+        if not 0 <= start_timestep < self.num_train_timesteps:
+            raise ValueError(f"start_timestep {start_timestep} is out of range: choose 0 to {self.num_train_timesteps - 1}")
+        most = max(start_timestep, 1)
+        if not 1 <= num_inference_steps <= most:
+            raise ValueError(
+                f"num_inference_steps {num_inference_steps} does not fit start_timestep {start_timestep}: choose 1 to {most}"
+            )
+        levels = torch.linspace(start_timestep, 0, num_inference_steps + 1, dtype=torch.float64)
+        return levels.round().long()[:-1]
+
+    def set_timesteps(self, start_timestep: int, num_inference_steps: int) -> None:
+        """Store ``inference_timesteps(start_timestep, num_inference_steps)`` in ``timesteps``, as diffusers' loops expect."""
+        self.timesteps = self.inference_timesteps(start_timestep, num_inference_steps)
+        self.num_inference_steps = num_inference_steps
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x^k = sqrt(abar_k) x + sqrt(1 - abar_k) eps: formula (4) of DDPM, one level for each row.
+
+        Args:
+            original_samples: x, (B, D) float, on the scale of unit variance per coordinate.
+            noise: eps, (B, D), same dtype.
+            timesteps: k, (B,) or (1,) int64 in 0..T-1.
+
+        Returns:
+            x^k, (B, D), dtype and device of ``original_samples``.
+        """
+        self.alphas_cumprod = self.alphas_cumprod.to(original_samples.device)
+        alpha_prod_t = self.alphas_cumprod.to(original_samples.dtype)[timesteps.to(original_samples.device)].unsqueeze(-1)
+        return alpha_prod_t**0.5 * original_samples + (1 - alpha_prod_t) ** 0.5 * noise
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio abar_k / (1 - abar_k), (B,) float32; the loss weight of the Diffusion Bridge [peer]."""
+        alpha_prod_t = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return alpha_prod_t / (1 - alpha_prod_t)
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, prev_timestep: int | None = None) -> DDIMSchedulerOutput:
+        """One reverse step from level k to the next lower level: formula (12) of DDIM with eta = 0.
+
+        Args:
+            model_output: the network's x^0, (B, D).
+            timestep: k, the level of ``sample``.
+            sample: x^k, (B, D).
+            prev_timestep: the level to go to, below k; -1 is the clean embedding (abar = 1). None takes the one that
+                follows k in ``timesteps``.
+
+        Returns:
+            DDIMSchedulerOutput with ``prev_sample`` and ``pred_original_sample``, both (B, D).
+
+        Raises:
+            ValueError: prev_timestep is None and k is not among ``timesteps``.
+        """
+        # 1. the level to go to
+        timestep = int(timestep)
+        if prev_timestep is None:
+            planned = self.timesteps.tolist()
+            if timestep not in planned:
+                raise ValueError(f"timestep {timestep} is not among the planned {planned}: call set_timesteps first")
+            prev_timestep = (planned + [-1])[planned.index(timestep) + 1]
+
+        # 2. abar at both levels
+        alpha_prod_t = self.alphas_cumprod[timestep]
+        alpha_prod_t_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
+        beta_prod_t = 1 - alpha_prod_t
+
+        # 3. "predicted x_0" of formula (12): the network gives it directly
+        pred_original_sample = model_output
+
+        # 4. the noise this prediction implies: formula (4) of DDPM solved for eps
+        pred_epsilon = (sample - alpha_prod_t**0.5 * pred_original_sample) / beta_prod_t**0.5
+
+        # 5. "direction pointing to x_t" of formula (12), with sigma_t = 0
+        pred_sample_direction = (1 - alpha_prod_t_prev) ** 0.5 * pred_epsilon
+
+        # 6. x at the lower level, formula (12) without random noise
+        prev_sample = alpha_prod_t_prev**0.5 * pred_original_sample + pred_sample_direction
+        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+
+def standard_normal(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    """eps ~ N(0, I), float32, drawn where the generator lives (so a CPU generator gives one answer on every device)."""
+    where = device if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=where).to(device)
+
+
+def ddim_sample(
+    model: Callable[[Tensor, Tensor], Tensor],
+    scheduler: DDIMScheduler,
+    sample: Tensor,
+    timesteps: Tensor,
+    project: Callable[[Tensor], Tensor] | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Take ``sample`` from level timesteps[0] to the clean embedding, one network call for each timestep.
+
+    A pure function: it draws no random number and changes none of its arguments. With one timestep it returns the network's
+    x^0 prediction unchanged.
+
+    Args:
+        model: (sample (B, D), timestep () int64) -> prediction of x^0 (B, D).
+        scheduler: gives abar and the step.
+        sample: x^{k*}, (B, D).
+        timesteps: (n,) int64, decreasing, from ``inference_timesteps``.
+        project: applied to the sample before each network call (the Diffusion Bridge's renormalisation); None leaves it.
+        callback: called as callback(i, sample) with i = 0 for the entering sample and i = 1..n after each step.
+
+    Returns:
+        x^0, (B, D), on the scale of ``sample``.
+
+    Example:
+        >>> scheduler, x = DDIMScheduler(), torch.ones(1, 2)
+        >>> ddim_sample(lambda sample, timestep: x, scheduler, torch.zeros(1, 2), scheduler.inference_timesteps(50, 5))
+        tensor([[1., 1.]])
+    """
+    if callback is not None:
+        callback(0, sample)
+    levels = timesteps.tolist() + [-1]
+    for i, (timestep, prev_timestep) in enumerate(pairwise(levels)):
+        if project is not None:
+            sample = project(sample)
+        model_output = model(sample, torch.tensor(timestep, device=sample.device))
+        sample = scheduler.step(model_output, timestep, sample, prev_timestep).prev_sample
+        if callback is not None:
+            callback(i + 1, sample)
+    return sample
