@@ -1,0 +1,300 @@
+"""The bridge: a light network that predicts the clean text embedding, and the sampler around it.
+
+Notation: a and t are the paired audio and text embeddings, unit norm, dimension D; s = sqrt(D) is the scale, x_a = s a and
+x_t = s t. A unit vector in D = 512 has coordinates of about 0.044 and Gaussian diffusion assumes about 1: hence s.
+
+Marks: [paper] stated in the abstract, (paper~) in a summary of it, [SEED] the first author's released predecessor
+(arXiv 2505.16798), [ours] our choice. No equation of the paper is known to us.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import math
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from dl.config import BridgeConfig
+from dl.results import atomic_write
+from dl.scheduler import DDIMScheduler, ddim_sample, standard_normal
+
+NETWORK_FIELDS = ("num_blocks", "width_factor", "dropout")
+SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+INFERENCE_FIELDS = ("start_timestep", "num_inference_steps", "add_noise")
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+A Diffusion-Link bridge: it maps a CLAP audio embedding (unit norm) to where its caption's text embedding would lie.
+Load it with `DiffusionLink.from_pretrained(...)`. Frozen encoder and training data are those of the profile that made it.
+"""
+
+
+def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoidal features of the noise level [SEED]: cos(k w_i) and sin(k w_i), w_i = max_period^(-i / (dim / 2)).
+
+    Args:
+        timestep: k, (B,) any numeric dtype.
+        dim: number of features, even.
+        max_period: the longest period is 2 pi max_period levels.
+
+    Returns:
+        (B, dim) float32: dim/2 cosines, then dim/2 sines.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angles = timestep.float()[:, None] * frequencies  # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+
+
+class ResidualBlock(nn.Module):
+    """One residual MLP block of width W that is told the noise level; it starts as the identity [SEED].
+
+    h = Linear(SiLU(LN(x))); h += Linear(SiLU(e)); h = Linear_0(Dropout(SiLU(LN(h)))); return x + h, where Linear_0 starts at zero.
+
+    Args:
+        width: W.
+        time_dim: width of the time embedding e.
+        dropout: probability in [0, 1).
+    """
+
+    def __init__(self, width: int, time_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm_in = nn.LayerNorm(width)
+        self.linear_in = nn.Linear(width, width)
+        self.linear_time = nn.Linear(time_dim, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+        self.linear_out = zero_linear(width, width)
+
+    def forward(self, x: Tensor, time_emb: Tensor) -> Tensor:
+        """x (B, W), time_emb (B or 1, time_dim) -> (B, W)."""
+        h = self.linear_in(F.silu(self.norm_in(x)))  # (B, W)
+        h = h + self.linear_time(F.silu(time_emb))  # (B, W), the noise level is added
+        h = self.linear_out(self.dropout(F.silu(self.norm_out(h))))  # (B, W)
+        return x + h  # (B, W)
+
+
+class BridgeNetwork(nn.Module):
+    """f(x^k, k): three residual MLP blocks that predict the clean text embedding (prediction_type "sample").
+
+    Linear D -> W = width_factor D; blocks; LayerNorm -> SiLU -> Linear W -> D that starts at zero, so that the output at
+    initialisation is exactly 0. Three blocks: [paper]; the rest: [SEED]. At D = 512: 9,725,440 parameters.
+
+    Args:
+        embed_dim: D, the encoder's embedding dimension.
+        num_blocks: residual blocks [paper: 3].
+        width_factor: W / D [SEED: 2].
+        dropout: inside the blocks, probability in [0, 1) [ours: 0.1].
+        condition_dim: width of a vector that ``forward`` takes beside the sample; 0 for the bridge. The conditional
+            diffusion peer passes the audio embedding here.
+
+    Example:
+        >>> BridgeNetwork(512)(torch.zeros(4, 512), torch.tensor(50)).shape
+        torch.Size([4, 512])
+    """
+
+    def __init__(
+        self, embed_dim: int, num_blocks: int = 3, width_factor: int = 2, dropout: float = 0.1, condition_dim: int = 0
+    ) -> None:
+        super().__init__()
+        width = width_factor * embed_dim
+        self.embed_dim = embed_dim
+        self.input = nn.Linear(embed_dim + condition_dim, width)
+        self.time_mlp = nn.Sequential(nn.Linear(2 * embed_dim, embed_dim), nn.SiLU(), nn.Linear(embed_dim, embed_dim))
+        self.blocks = nn.ModuleList(ResidualBlock(width, embed_dim, dropout) for _ in range(num_blocks))
+        self.norm = nn.LayerNorm(width)
+        self.output = zero_linear(width, embed_dim)
+
+    def forward(self, sample: Tensor, timestep: Tensor | int, condition: Tensor | None = None) -> Tensor:
+        """Predict x_t from the noised embedding x^k and its level k.
+
+        Args:
+            sample: x^k, (B, D) float32, coordinates of about unit variance.
+            timestep: k, int64, (B,) for one level each, or () for one level that all rows share (computed once).
+            condition: (B, condition_dim), only for a network that was built with one.
+
+        Returns:
+            (B, D) float32, the prediction of the clean, scaled text embedding x_t.
+        """
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # (B,) or (1,)
+        time_emb = self.time_mlp(timestep_embedding(timestep, 2 * self.embed_dim))  # (B or 1, 2D) -> (B or 1, D)
+        if condition is not None:
+            sample = torch.cat([sample, condition], dim=-1)  # (B, D + condition_dim)
+        x = self.input(sample)  # (B, D) -> (B, W)
+        for block in self.blocks:
+            x = block(x, time_emb)  # (B, W)
+        return self.output(F.silu(self.norm(x)))  # (B, W) -> (B, D)
+
+
+class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD, paper_url="https://arxiv.org/abs/2510.11330"):
+    """Bridge an audio embedding into the text distribution: scale, noise to level k*, denoise with f, L2-normalise.
+
+    a -> x_a = s a -> x^{k*} = sqrt(abar_{k*}) x_a + sqrt(1 - abar_{k*}) eps -> f in n DDIM steps -> L2-normalise. With n = 1 the
+    network's prediction is the answer [SEED: k* = 50, one step]; n > 1 is DDIM with eta = 0 [ours]. k* = 0 is not the
+    identity: it still noises (abar_0 = .9999) and still maps.
+
+    Args:
+        embed_dim: D.
+        num_blocks, width_factor, dropout: see ``BridgeNetwork``.
+        num_train_timesteps, beta_start, beta_end, beta_schedule: see ``DDIMScheduler``.
+        scale: s > 0; None takes sqrt(D). Stored with the weights (buffer ``scale``), and the stored value wins on loading.
+        start_timestep, num_inference_steps, add_noise: defaults of a call.
+
+    Raises:
+        ValueError: a value out of its range, said in one line.
+
+    Example:
+        >>> bridge = DiffusionLink(embed_dim=256)
+        >>> bridge(torch.randn(4, 256), generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 256])
+    """
+
+    def __init__(
+        self, embed_dim: int,
+        num_blocks: int = 3, width_factor: int = 2, dropout: float = 0.1,
+        num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta_schedule: str = "scaled_linear",
+        scale: float | None = None, start_timestep: int = 50, num_inference_steps: int = 1, add_noise: bool = True,
+    ) -> None:
+        super().__init__()
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale {scale} must be a positive number, or None for sqrt(embed_dim)")
+        self.embed_dim = embed_dim
+        self.network = BridgeNetwork(embed_dim, num_blocks, width_factor, dropout)
+        self.scheduler = DDIMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule)
+        self.register_buffer("scale", torch.tensor(math.sqrt(embed_dim) if scale is None else float(scale)))
+        self.scheduler.inference_timesteps(start_timestep, num_inference_steps)  # raises if they do not fit
+        self.start_timestep, self.num_inference_steps, self.add_noise = start_timestep, num_inference_steps, add_noise
+
+    @classmethod
+    def from_config(cls, config: BridgeConfig, embed_dim: int) -> DiffusionLink:
+        """An untrained bridge for ``embed_dim`` with the network, schedule and inference fields of ``config``."""
+        values = asdict(config)
+        return cls(embed_dim, **{name: values[name] for name in NETWORK_FIELDS + SCHEDULE_FIELDS + INFERENCE_FIELDS})
+
+    @torch.no_grad()
+    def forward(
+        self, audio_emb: Tensor,
+        start_timestep: int | None = None, num_inference_steps: int | None = None, add_noise: bool | None = None,
+        generator: torch.Generator | None = None, return_trajectory: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Map audio embeddings into the text distribution; dropout is off and no gradient is kept, whatever the mode.
+
+        Args:
+            audio_emb: (B, D) float, rows of any norm > 0 (only their direction is used), finite.
+            start_timestep: k* in 0..T-1; None takes the model's default, as for the next two.
+            num_inference_steps: n in 1..k* (k* = 0 takes n = 1).
+            add_noise: False sets eps = 0 in the forward formula, which makes the call deterministic [ours].
+            generator: source of eps; None draws from torch's global one. The same generator state gives the same answer.
+            return_trajectory: also return the samples on the way.
+
+        Returns:
+            bridged_emb, (B, D) float32, unit norm; with return_trajectory also the trajectory, (n + 1, B, D) float32 on the
+            scale of x (divide by the norm to draw it): row 0 is x^{k*}, the last row is bridged_emb before normalisation.
+
+        Raises:
+            ValueError: wrong shape or width, NaN or infinity, a zero row, k* or n out of range.
+        """
+        audio_emb = unit_rows(audio_emb, self.embed_dim, "audio_emb")  # (B, D)
+        start_timestep = self.start_timestep if start_timestep is None else start_timestep
+        steps = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        timesteps = self.scheduler.inference_timesteps(start_timestep, steps)  # (n,)
+        x = self.scale * audio_emb  # (B, D)
+        noise = torch.zeros_like(x)  # (B, D)
+        if self.add_noise if add_noise is None else add_noise:
+            noise = standard_normal(x.shape, generator, x.device)  # (B, D)
+        sample = self.scheduler.add_noise(x, noise, timesteps[:1])  # (B, D)
+
+        trajectory: list[Tensor] = []
+        keep = (lambda _, sample: trajectory.append(sample)) if return_trajectory else None
+        was_training = self.network.training
+        self.network.eval()
+        try:
+            sample = ddim_sample(self.network, self.scheduler, sample, timesteps, callback=keep)  # (B, D)
+        finally:
+            self.network.train(was_training)
+        bridged_emb = F.normalize(sample, dim=-1)  # (B, D), unit norm
+        return (bridged_emb, torch.stack(trajectory)) if return_trajectory else bridged_emb
+
+    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs) -> str | None:
+        """Write model.safetensors, config.json and a model card; each file appears whole or not at all.
+
+        Args:
+            save_directory: folder, made if missing.
+            dtype: of the stored network; torch.float16 halves the file. The scale stays float32, and so does a loaded bridge.
+            kwargs: ``repo_id``, ``push_to_hub`` and the rest of huggingface_hub's ``save_pretrained``.
+        """
+        stored = copy.deepcopy(self)
+        stored.network.to(dtype)
+        stored._hub_mixin_config = {**self._hub_mixin_config, **{name: getattr(self, name) for name in INFERENCE_FIELDS}}
+        kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).name
+        with tempfile.TemporaryDirectory() as folder:
+            url = super(DiffusionLink, stored).save_pretrained(folder, **kwargs)
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # weights first, config.json after them
+                atomic_write(Path(save_directory) / file.name, file.read_bytes())
+        return url
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> DiffusionLink:
+        """Load a bridge from a folder or a hub repository, in float32 and evaluation mode; every weight must be there.
+
+        Raises:
+            FileNotFoundError: the folder has no bridge in it.
+            ValueError: its config.json has a field that DiffusionLink does not know.
+        """
+        path = Path(pretrained_model_name_or_path)
+        is_hub_name = not path.is_dir() and not path.is_absolute() and len(path.parts) == 2
+        if not is_hub_name and not (path / "model.safetensors").is_file():
+            raise FileNotFoundError(f"no bridge in {path}: run notebook 04, or ./run_all.sh --only 04")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_pretrained(cls, *, config: dict | None = None, **kwargs) -> DiffusionLink:
+        """The mixin's loader, made strict about weights and config fields, and silent on stdout."""
+        if unknown := set(config or {}) - set(cls._hub_mixin_init_parameters):
+            raise ValueError(f"config.json has unknown fields {sorted(unknown)}: remove them, or load it with the version that wrote it")
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super()._from_pretrained(**{**kwargs, "strict": True})
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A Linear layer whose weight and bias start at zero."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def unit_rows(embeddings: Tensor, embed_dim: int | None, name: str) -> Tensor:
+    """Check embeddings and divide each row by its norm.
+
+    Args:
+        embeddings: (B, D) float, rows of any norm > 0.
+        embed_dim: the width expected; None takes any.
+        name: what the error message calls them.
+
+    Returns:
+        (B, D) float32, unit norm.
+
+    Raises:
+        ValueError: not a tensor of two dimensions, another width, NaN or infinity, a zero row.
+    """
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise ValueError(f"{name} must be a torch tensor of shape (B, D), got {shape}")
+    if embed_dim is not None and embeddings.shape[1] != embed_dim:
+        raise ValueError(f"{name} is {embeddings.shape[1]} wide but the bridge expects {embed_dim}: use the encoder it was trained on")
+    embeddings = embeddings.float()
+    if not torch.isfinite(embeddings).all():
+        raise ValueError(f"{name} holds NaN or infinity: check the audio files they come from")
+    norms = embeddings.norm(dim=-1, keepdim=True)
+    if (norms == 0).any():
+        raise ValueError(f"{name} holds a row of zeros, which has no direction: check the audio files they come from")
+    return embeddings / norms
