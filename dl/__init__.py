@@ -1,0 +1,56 @@
+"""Diffusion-Link, replicated: a small diffusion model that carries audio embeddings into the text distribution.
+
+The package in reading order, each module importing only what stands above it:
+
+* ``config``     profiles smoke, mini and paper: sizes, paths, hyper-parameters
+* ``results``    files of results/<profile>/: atomic writing, metrics.csv, provenance
+* ``data``       clips and captions; ``scenes`` mixes those of data/mini from real recordings
+* ``encoder``    the frozen CLAP encoder and its embedding cache; ``mini_clap`` is the one shipped
+* ``scheduler``  noise schedule, ``add_noise``, DDIM step
+* ``bridge``     the network and Diffusion-Link itself; ``training`` its losses and training loop
+* ``peers``      the other systems of Table 1
+* ``metrics``    the modality gap, measured; ``plots`` one function per figure
+* ``pipeline``   stages and stamps; ``runner`` runs them; ``check`` looks at the environment
+
+The public names below load their module when first used, so that ``import dl`` costs nothing.
+
+    >>> from dl import ClapEncoder, DiffusionLink
+    >>> encoder = ClapEncoder.from_pretrained("mini")
+    >>> bridge = DiffusionLink.from_pretrained("results/mini/checkpoints/bridge")
+    >>> bridged_emb = bridge(encoder.embed_audio(waveforms, sampling_rate))      # (B, D) float32, unit norm
+"""
+from __future__ import annotations
+
+from importlib import import_module
+
+EXPORTS = {                      # public name: the module that defines it
+    "BridgeConfig": "config",
+    "Profile": "config",
+    "get_profile": "config",
+    "MetricsFile": "results",
+    "Split": "data",
+    "load_split": "data",
+    "ClapEncoder": "encoder",
+    "Embeddings": "encoder",
+    "load_embeddings": "encoder",
+    "DDIMScheduler": "scheduler",
+    "DiffusionLink": "bridge",
+    "train_bridge": "training",
+}
+__all__ = list(EXPORTS)
+
+
+def __getattr__(name: str) -> object:
+    """Load the module behind a public name (PEP 562).
+
+    Raises:
+        AttributeError: the package has no such name.
+    """
+    if name not in EXPORTS:
+        raise AttributeError(f"module 'dl' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f"dl.{EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a notebook."""
+    return __all__

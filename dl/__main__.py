@@ -1,0 +1,58 @@
+"""``python -m dl check`` and ``python -m dl run`` (what ``./run_all.sh`` calls)."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dl.config import PROFILES, get_profile
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m dl", description="Diffusion-Link, replicated.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{check,run}")
+
+    check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
+    check.add_argument("--profile", choices=PROFILES, default="mini")
+    check.add_argument("--pins-only", action="store_true", help="only compare the installed versions with pyproject.toml")
+
+    run = commands.add_parser("run", prog="./run_all.sh", help="run the notebooks that are not up to date",
+                              description="Run every notebook that is not up to date. Also: ./run_all.sh test [--slow] runs the tests, "
+                                          "./run_all.sh check looks at the environment.")
+    run.add_argument("--profile", choices=PROFILES, default="mini", help="smoke (minutes), mini (default) or paper (AudioCaps)")
+    run.add_argument("--only", nargs="+", metavar="NN", help="run these stages alone, A1 and A2 included")
+    run.add_argument("--from", dest="start", metavar="NN", help="leave out the stages before NN")
+    run.add_argument("--seeds", type=int, metavar="N", help="training seeds 0 .. N-1 in place of the profile's")
+    run.add_argument("--full", action="store_true", help="the committed results: every seed, peer and ablation; hours")
+    run.add_argument("--force", action="store_true", help="run them even if nothing changed")
+    run.add_argument("--dry-run", action="store_true", help="say RUN or SKIP for each stage, with the reason, and run nothing")
+    run.add_argument("--list", action="store_true", help="list the stages, what each reads and makes")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and do what it says; returns the exit code."""
+    options = parser().parse_args(arguments)
+    if options.command == "check":
+        from dl.check import check
+
+        return check(get_profile(options.profile), options.pins_only)
+
+    from dl.pipeline import STAGES, Run
+    from dl.runner import list_stages, run_stages
+
+    if options.seeds is not None and options.seeds < 1:
+        print("run_all: --seeds takes a number of at least 1", file=sys.stderr)
+        return 2
+    run = Run(get_profile(options.profile), STAGES, full=options.full, seeds=options.seeds)
+    if options.list:
+        list_stages(run)
+        return 0
+    return run_stages(run, options.only, options.start, options.force, options.dry_run)
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
