@@ -60,7 +60,10 @@ def cosine_margin(audio, text, weights=None) -> NDArray:
 
 
 def centroid_gap(audio, text, weights=None) -> NDArray:
-    """||sum_i w_i a_i - sum_i w_i t_i||, in 0..2. [Liang et al., NeurIPS 2022]"""
+    """||sum_i w_i a_i - sum_i w_i t_i||, in 0..2. [Liang et al., NeurIPS 2022]
+
+    It is the gap of *these* n clips: were there none at all, sampling would still leave about sqrt(tr S / n), S = cov(a_i - t_i).
+    """
     return np.linalg.norm(weight_rows(weights, len(audio)) @ (as_array(audio) - as_array(text)), axis=1)
 
 
