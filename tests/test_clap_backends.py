@@ -1,0 +1,362 @@
+"""The two LAION-CLAP doors, offline, on random weights made here: determinism, refusals, conversion, and that both doors agree."""
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dl import laion as laion_files
+from dl.clap_backends import HubClapBackend, LaionClapBackend, digest
+from dl.config import REPO
+from dl.laion import SETTINGS_FILE, TOKENIZER_VARIABLE, convert_laion_checkpoint, converted_folder, file_sha256
+
+ROBERTA_VOCABULARY = 50_265
+CAPTIONS = ["A dog barks", "Rain falls on a roof while a man speaks", "a bell", "An engine idles, then a horn honks twice",
+            "Birds sing", "Water runs from a tap", "A crowd cheers", "Footsteps on gravel"]
+
+
+def waveforms(count: int = 8) -> list[np.ndarray]:
+    """Noisy tones of 0.7 s to 10 s, each of another pitch."""
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(33_600, 480_000, count).astype(int)
+    return [(0.3 * np.sin(2 * np.pi * 150 * 1.7**k * np.arange(n) / 48_000) + 0.05 * rng.standard_normal(n)).astype(np.float32)
+            for k, n in enumerate(lengths)]
+
+
+def make_tokenizer(folder: Path, size: int) -> Path:
+    """A byte-level BPE tokenizer like roberta-base's: its special ids, the 256 bytes, a few merges, then filler up to ``size``."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import RobertaTokenizer
+
+    merges = [("Ġ", "d"), ("o", "g"), ("Ġd", "og"), ("Ġ", "a"), ("e", "r")]
+    words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
+    words += [f"filler{number}" for number in range(size - len(words) - 1)] + ["<mask>"]
+    RobertaTokenizer(vocab={word: row for row, word in enumerate(words)}, merges=merges).save_pretrained(folder)
+    return folder
+
+
+def make_hub_folder(folder: Path, tokenizer: Path, text: dict, audio: dict, projection_dim: int, state: dict | None = None) -> Path:
+    """A ``ClapModel`` saved as the hub lays it out, random unless ``state`` is given."""
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, ClapProcessor, RobertaTokenizer
+
+    fused = audio.get("enable_fusion", False)
+    torch.manual_seed(0)
+    model = ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=projection_dim))
+    if state is None:
+        model.audio_model.audio_encoder.batch_norm.running_mean.fill_(-30)
+        model.audio_model.audio_encoder.batch_norm.running_var.fill_(400)
+        for name, parameter in model.named_parameters():         # the usual 0.02 would put all sounds on one spot
+            if parameter.ndim == 2 and "embeddings" not in name:
+                torch.nn.init.xavier_normal_(parameter)
+    else:
+        wrong = model.load_state_dict(state, strict=False)
+        assert not wrong.unexpected_keys and not set(wrong.missing_keys) & {name for name, _ in model.named_parameters()}
+    model.save_pretrained(folder)
+    extractor = ClapFeatureExtractor(frequency_min=50, truncation="fusion" if fused else "rand_trunc")
+    ClapProcessor(extractor, RobertaTokenizer.from_pretrained(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+TINY_TEXT = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TINY_AUDIO = {"patch_embeds_hidden_size": 16, "hidden_size": 128, "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 4, 8]}
+FUSION = {"enable_fusion": True, "fusion_type": "aff_2d"}
+
+
+@pytest.fixture(scope="module")
+def hub_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hub")
+    return make_hub_folder(folder / "clap", make_tokenizer(folder / "tokenizer", 300), TINY_TEXT, TINY_AUDIO, projection_dim=24)
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("roberta"), ROBERTA_VOCABULARY)
+
+
+@pytest.fixture(scope="module")
+def laion_pt(tmp_path_factory) -> Iterator[Path]:
+    """Random weights of laion-clap's own HTSAT-tiny, stored as LAION stores them: a training state, "module." names, position_ids."""
+    text = {"vocab_size": ROBERTA_VOCABULARY, "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12,
+            "intermediate_size": 64, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "pad_token_id": 1}
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    model = laion_files.build_laion_clap("HTSAT-tiny", text, None).model
+    assert torch.equal(before, torch.get_rng_state())            # a run's random numbers do not depend on opening an encoder
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "extractor" not in name and "embeddings" not in name:
+            torch.nn.init.xavier_normal_(parameter)
+    model.audio_branch.bn0.running_mean.fill_(-30)
+    model.audio_branch.bn0.running_var.fill_(400)
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    state["module.text_branch.embeddings.position_ids"] = torch.arange(514)[None]
+    path = tmp_path_factory.mktemp("laion") / "630k-like.pt"
+    torch.save({"epoch": np.float64(15), "name": "random", "state_dict": state}, path)
+    yield path
+    shutil.rmtree(path.parent)                                   # 0.5 GB
+
+
+@pytest.fixture(scope="module")
+def laion(laion_pt, roberta) -> LaionClapBackend:
+    return LaionClapBackend.from_pretrained(laion_pt, "cpu", tokenizer=roberta)
+
+
+@pytest.fixture(scope="module")
+def hub(hub_folder) -> HubClapBackend:
+    return HubClapBackend.from_pretrained(hub_folder, "cpu")
+
+
+@pytest.fixture(params=["hub", "laion"])
+def backend(request):
+    return request.getfixturevalue(request.param)
+
+
+def fake_state(width: int = 96, **more) -> dict:
+    """The few tensors whose shapes the conversion reads."""
+    layer = "text_branch.encoder.layer.0.intermediate.dense.weight"
+    return {"audio_branch.patch_embed.proj.weight": torch.ones(width, 1, 4, 4),
+            "text_branch.embeddings.word_embeddings.weight": torch.ones(9, 64),
+            "text_branch.embeddings.position_embeddings.weight": torch.ones(8, 64), layer: torch.ones(16, 64), **more}
+
+
+# ------------------------------------------------------------------------------------------------------------ embedding
+@pytest.mark.parametrize("tower", ["embed_audio", "embed_text"])
+def test_rows_are_unit_norm_repeatable_and_independent_of_the_batch(backend, tower) -> None:
+    inputs = waveforms() if tower == "embed_audio" else CAPTIONS
+    embed = getattr(backend, tower)
+    together = embed(inputs)
+    assert together.shape == (8, backend.embed_dim) and together.dtype == torch.float32 and not together.requires_grad
+    assert torch.allclose(together.norm(dim=1), torch.ones(8), atol=1e-5)
+    assert torch.equal(together, embed(inputs))
+    one_by_one = torch.cat([embed([item]) for item in inputs])
+    error = (together - one_by_one).norm(dim=1).max()
+    assert error < 1e-4
+    apart = torch.cdist(together, together) + 9 * torch.eye(8)
+    assert apart.min() > 100 * error                             # the rows differ by far more than a batch changes them
+
+
+def test_backends_state_what_the_front_reads(backend) -> None:
+    assert backend.sampling_rate == 48_000
+    assert backend.embed_dim == (24 if isinstance(backend, HubClapBackend) else 512)
+    assert re.fullmatch("[0-9a-f]{64}", backend.weights_sha256)
+
+
+def test_a_longer_clip_is_refused_by_the_door_and_cropped_by_the_front(backend) -> None:
+    from dl.encoder import ClapEncoder
+
+    long = np.concatenate([waveforms()[-1], np.full(480, 0.5, np.float32)])              # 10.01 s
+    with pytest.raises(ValueError, match="480480 samples"):
+        backend.embed_audio([long])
+    assert torch.equal(ClapEncoder(backend).embed_audio([long], 48_000), backend.embed_audio([long[:480_000]]))
+
+
+def test_the_front_finds_the_right_door(hub_folder, laion_pt, laion, roberta, monkeypatch) -> None:
+    from dl.encoder import ClapEncoder
+
+    monkeypatch.setenv(TOKENIZER_VARIABLE, str(roberta))
+    assert isinstance(ClapEncoder.from_pretrained(hub_folder, "cpu").backend, HubClapBackend)
+    opened = ClapEncoder.from_pretrained(laion_pt.with_suffix(""), "cpu").backend         # the folder converted by the fixture `laion`
+    assert isinstance(opened, LaionClapBackend) and opened.weights_sha256 == laion.weights_sha256
+
+
+def test_a_fused_model_embeds_without_chance(tmp_path) -> None:
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", 300)
+    folder = make_hub_folder(tmp_path / "fused", tokenizer, TINY_TEXT, {**TINY_AUDIO, **FUSION}, projection_dim=24)
+    backend = HubClapBackend.from_pretrained(folder)
+    sounds = waveforms(4)
+    assert all(torch.equal(backend.embed_audio(sounds), backend.embed_audio(sounds)) for _ in range(3))
+
+
+def test_half_precision_files_run_in_float32(hub, hub_folder, tmp_path) -> None:
+    from transformers import ClapModel
+
+    folder = shutil.copytree(hub_folder, tmp_path / "half")
+    ClapModel.from_pretrained(hub_folder).half().save_pretrained(folder)
+    assert load_file(folder / "model.safetensors")["text_projection.linear1.weight"].dtype == torch.float16
+    rows = HubClapBackend.from_pretrained(folder).embed_audio(waveforms(2))
+    assert rows.dtype == torch.float32 and torch.allclose(rows, hub.embed_audio(waveforms(2)), atol=5e-3)
+
+
+def rename_for_transformers(state: dict) -> dict:
+    """laion-clap's names to ClapModel's, after the conversion script that transformers used for LAION's hub checkpoints."""
+    renamed = {}
+    for name, value in state.items():
+        for old, new in [("text_branch", "text_model"), ("audio_branch", "audio_model.audio_encoder"),
+                         ("attn.relative", "attention.self.relative"),
+                         ("attn.proj", "attention.output.dense"), ("attn.qkv", "attention.self.qkv"), ("mlp.fc1", "intermediate.dense"),
+                         ("mlp.fc2", "output.dense"), ("norm1", "layernorm_before"), ("norm2", "layernorm_after"), ("bn0", "batch_norm"),
+                         ("_projection.0", "_projection.linear1"), ("_projection.2", "_projection.linear2")]:
+            name = name.replace(old, new)
+        if "qkv" in name:
+            renamed.update(zip((name.replace("qkv", part) for part in ("query", "key", "value")), value.chunk(3), strict=True))
+        elif not any(part in name for part in ("extractor", "tscam", "head", "_transform", "attn_mask")):
+            renamed[name] = value
+    return renamed
+
+
+def test_both_doors_agree_on_the_same_weights(laion, laion_pt, roberta, tmp_path) -> None:
+    state = rename_for_transformers(load_file(laion_pt.with_suffix("") / "model.safetensors"))
+    text = json.loads((laion_pt.with_suffix("") / SETTINGS_FILE).read_text())["text_config"]
+    folder = make_hub_folder(tmp_path / "hub", roberta, text, {"hidden_size": 768}, projection_dim=512, state=state)
+    hub = HubClapBackend.from_pretrained(folder)
+    for tower, inputs, most in (("embed_text", CAPTIONS, 1e-5), ("embed_audio", waveforms(), 1e-3)):
+        ours, theirs = getattr(laion, tower)(inputs), getattr(hub, tower)(inputs)
+        assert (ours - theirs).norm(dim=1).max() < most
+        assert (torch.cdist(ours, ours) + 9 * torch.eye(8)).min() > 30 * most             # different clips lie far apart
+    shutil.rmtree(folder)                                        # 0.3 GB
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def test_a_five_token_vocabulary_is_refused(hub_folder, laion, laion_pt, tmp_path, monkeypatch) -> None:
+    from transformers import RobertaTokenizer
+
+    assert len(RobertaTokenizer()) == 5                           # what transformers falls back to
+    folder = shutil.copytree(hub_folder, tmp_path / "clap")
+    RobertaTokenizer().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"has 5 tokens, the text tower 300: copy the whole folder"):
+        HubClapBackend.from_pretrained(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv(TOKENIZER_VARIABLE, str(folder))
+    with pytest.raises(ValueError, match=rf"has 5 tokens, the text tower 50265: set {TOKENIZER_VARIABLE}"):
+        LaionClapBackend.from_pretrained(laion_pt)
+
+
+def test_a_pickle_is_not_loaded_without_consent(tmp_path, capsys) -> None:
+    class Touch:
+        def __reduce__(self):
+            return Path.mkdir, (tmp_path / "code_ran",)
+
+    path, out = tmp_path / "evil.pt", tmp_path / "out"
+    torch.save({"state_dict": fake_state(), "epoch": Touch()}, path)
+    sha256 = file_sha256(path)
+    for consent in ({}, {"allow_pickle": True}, {"sha256": sha256}):
+        with pytest.raises(ValueError, match=f"(?s)can run code.*{sha256}"):
+            convert_laion_checkpoint(path, out, **consent)
+    with pytest.raises(ValueError, match="not 0000"):
+        convert_laion_checkpoint(path, out, allow_pickle=True, sha256="0000")
+    assert not (tmp_path / "code_ran").exists() and not out.exists()
+    assert sha256 in capsys.readouterr().out                      # printed, so that it can be compared and named
+    convert_laion_checkpoint(path, out, allow_pickle=True, sha256=sha256)
+    assert (tmp_path / "code_ran").is_dir() and set(load_file(out / "model.safetensors")) == set(fake_state())
+
+
+@pytest.mark.parametrize("state, message", [
+    ({"weight": torch.ones(2)}, "no LAION-CLAP"),
+    (fake_state(**{"audio_branch.patch_embed.mel_conv2d.weight": torch.ones(1)}), "fused"),
+    (fake_state(width=97), "amodel is one of HTSAT-tiny"),
+])
+def test_other_checkpoints_are_refused_in_one_line(state, message, tmp_path) -> None:
+    torch.save(state, tmp_path / "some.pt")
+    with pytest.raises(ValueError, match=message) as caught:
+        convert_laion_checkpoint(tmp_path / "some.pt", tmp_path / "some")
+    assert "\n" not in str(caught.value) and not (tmp_path / "some").exists()
+
+
+def test_broken_or_absent_files_are_named(tmp_path) -> None:
+    (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(ValueError, match="cut.pt"):
+        LaionClapBackend.from_pretrained(tmp_path / "cut.pt")
+    with pytest.raises(FileNotFoundError, match="absent.pt is missing"):
+        LaionClapBackend.from_pretrained(tmp_path / "absent.pt")
+    with pytest.raises(FileNotFoundError, match="laion_clap.json is missing"):
+        LaionClapBackend.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["laion/no-such-clap", "/no/such/folder", "not a name!"])
+def test_an_unknown_hub_name_says_what_to_do(name, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="hf download") as caught:
+        HubClapBackend.from_pretrained(name)
+    assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_a_hub_folder_must_be_a_whole_clap(hub_folder, tmp_path) -> None:
+    lacking = shutil.copytree(hub_folder, tmp_path / "lacking")
+    state = load_file(lacking / "model.safetensors")
+    del state["audio_projection.linear2.weight"]
+    save_file(state, lacking / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights are missing, audio_projection.linear2.weight"):
+        HubClapBackend.from_pretrained(lacking)
+    (lacking / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="incomplete"):
+        HubClapBackend.from_pretrained(lacking)
+    (lacking / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert' model, not 'clap'"):
+        HubClapBackend.from_pretrained(lacking)
+
+
+# ----------------------------------------------------------------------------------------------- conversion and imports
+@pytest.mark.parametrize("width, amodel", [(96, "HTSAT-tiny"), (128, "HTSAT-base")])
+def test_the_conversion_stores_the_audio_tower(width, amodel, tmp_path) -> None:
+    torch.save(fake_state(width), tmp_path / "x.pt")
+    folder = convert_laion_checkpoint(tmp_path / "x.pt", tmp_path / "x")
+    settings = json.loads((folder / SETTINGS_FILE).read_text())
+    assert (settings["amodel"], settings["enable_fusion"]) == (amodel, False)
+    assert settings["source_sha256"] == file_sha256(tmp_path / "x.pt")
+    assert settings["text_config"]["vocab_size"] == 9 and settings["text_config"]["num_hidden_layers"] == 1
+
+
+def test_a_wrong_audio_tower_is_one_clear_line(tmp_path) -> None:
+    torch.save(fake_state(), tmp_path / "x.pt")
+    folder = convert_laion_checkpoint(tmp_path / "x.pt", tmp_path / "x")
+    settings = json.loads((folder / SETTINGS_FILE).read_text())
+    make_tokenizer(folder / "tokenizer", 300)
+    settings["text_config"]["vocab_size"] = 300
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="do not fit HTSAT-tiny") as caught:
+        LaionClapBackend.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_is_converted_once_and_again_only_when_it_changes(tmp_path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save(fake_state(), path)
+    weights = converted_folder(path) / "model.safetensors"
+    first = weights.stat().st_mtime_ns
+    assert converted_folder(path) == tmp_path / "x" and weights.stat().st_mtime_ns == first
+    torch.save(fake_state(logit_scale_a=torch.zeros(())), path)
+    converted_folder(path)
+    assert "logit_scale_a" in load_file(weights)
+    path.unlink()
+    assert converted_folder(path) == tmp_path / "x"                         # the pickle is no longer needed
+
+
+def test_the_cache_key_follows_weights_and_tokenizer(hub, hub_folder, tmp_path) -> None:
+    assert HubClapBackend.from_pretrained(hub_folder).weights_sha256 == hub.weights_sha256
+    hub.embed_text(CAPTIONS)
+    assert HubClapBackend(hub.model, hub.processor, "cpu").weights_sha256 == hub.weights_sha256   # padding leaves no trace
+    other = shutil.copytree(hub_folder, tmp_path / "other")
+    rules = (other / "tokenizer.json").read_text(encoding="utf-8")
+    assert "filler7" in rules
+    (other / "tokenizer.json").write_text(rules.replace("filler7", "spoiler7"), encoding="utf-8")
+    assert HubClapBackend.from_pretrained(other).weights_sha256 != hub.weights_sha256
+    state = {"a": torch.zeros(2), "b": torch.tensor(1)}
+    assert digest(state) != digest({**state, "b": torch.tensor(2)})
+
+
+def test_imports_stay_scoped() -> None:
+    """Nothing heavy comes with dl; laion_clap comes without torchvision, the hub, a changed sys.path or changed random numbers."""
+    program = """
+import sys, dl, dl.encoder, dl.clap_backends, dl.laion
+assert not {"transformers", "laion_clap"} & set(sys.modules), "imported with dl"
+path, sys.argv = list(sys.path), ["program", "--unknown", "flag"]
+import torch; state = torch.get_rng_state()
+dl.laion.import_laion_clap()
+from transformers import AutoTokenizer, RobertaModel, RobertaTokenizer
+from transformers.utils import is_torchvision_available
+from importlib.util import find_spec
+assert sys.path == path and torch.equal(torch.get_rng_state(), state)
+assert is_torchvision_available() == (find_spec("torchvision") is not None)
+assert "from_pretrained" not in vars(RobertaTokenizer)
+print("scoped")
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "scoped", done.stderr[-2000:]
