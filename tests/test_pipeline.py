@@ -57,6 +57,7 @@ def toy(tmp_path, results_root, monkeypatch) -> Run:
     """A repository with two default stages and one apart."""
     monkeypatch.setattr(runner, "find_device", lambda: "cpu")
     root = tmp_path / "repository"
+    monkeypatch.setenv("PYTHONPATH", str(root))           # the notebooks' dl, not ours
     for folder in ("dl", "data/sounds", "notebooks"):
         (root / folder).mkdir(parents=True)
     (root / "dl/__init__.py").touch()
