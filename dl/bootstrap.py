@@ -11,13 +11,20 @@ run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from dl.metrics import Reference, gap_metrics, not_computed_reason
+from dl.metrics import Reference, gap_metrics, median_bandwidth, not_computed_reason
 from dl.neighbours import weighted_mean
+from dl.peers.base import centre
+
+if TYPE_CHECKING:
+    from dl.encoder import Embeddings
 
 HEAVY_SAMPLES = 200   # [ours] replicates of the metrics that need an eigen-decomposition each; recordings only, no clip bootstrap
 
@@ -53,6 +60,39 @@ def make_draws(clusters: list[tuple[str, ...]], n_samples: int = 1000, seed: int
     cluster = np.stack([counts[:, [recordings[name] for name in set(members)]].prod(1) for members in clusters], axis=1).astype(float)
     clip = rng.multinomial(len(clusters), np.full(len(clusters), 1 / len(clusters)), size=n_samples).astype(float)
     return Draws(cluster, clip, rng.random(n_samples), rng.random(n_samples))
+
+
+def make_reference(embeddings: Embeddings, labels: list[frozenset[str]] | None = None, means: tuple[Tensor, Tensor] | None = None) -> Reference:
+    """The texts of a split as gap metrics take them.
+
+    Args:
+        embeddings: the split's vectors.
+        labels: the set of labels of each clip, for the label-aware retrieval.
+        means: (mean_a, mean_t) of the training split, to score in the centred space; None scores in the text space.
+    """
+    audio, text = embeddings.audio, embeddings.text
+    if means is not None:
+        audio, text = centre(audio, means[0]), centre(text, means[1])
+    first = text[_caption_rows(embeddings.text_clip, 0)].numpy()
+    return Reference(first, text.numpy(), embeddings.text_clip.numpy(), median_bandwidth(first), audio.numpy(), tuple(labels) if labels else None)
+
+
+def text_floor(embeddings: Embeddings, reference: Reference) -> tuple[NDArray, Reference]:
+    """Caption 2 of each clip in place of its audio vector, (n, D), and the reference in which no clip meets that caption.
+
+    Raises:
+        ValueError: a clip has one caption only.
+    """
+    rows = _caption_rows(embeddings.text_clip, 1).numpy()
+    return reference.gallery[rows], replace(reference, exclude=rows)
+
+
+def _caption_rows(text_clip: Tensor, k: int) -> Tensor:
+    """Row of caption k (from 0) of every clip; (n,) int64."""
+    counts = torch.bincount(text_clip)
+    if int(counts.min()) <= k:
+        raise ValueError(f"clip {int(counts.argmin())} has {int(counts.min())} captions, caption {k + 1} is asked for: leave this row out")
+    return counts.cumsum(0) - counts + k
 
 
 @dataclass(eq=False)

@@ -161,8 +161,12 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
         rule: the claim.
         frame: ``MetricsFile.frame()``.
         profile_name: which profile the figures come from.
+
+    Returns:
+        the columns of ``CLAIM_COLUMNS``, and ``decided_by``, the deciding figure in words.
     """
-    row = {"id": rule.id, "claim": rule.claim, "paper_value": rule.paper_value, "n_seeds": 0, "verdict": "not_tested", "evidence": ""}
+    row = {"id": rule.id, "claim": rule.claim, "paper_value": rule.paper_value, "n_seeds": 0, "verdict": "not_tested", "evidence": "",
+           "decided_by": ""}
     if rule.profiles and profile_name not in rule.profiles:
         return row | {"note": f"tested in profile {' or '.join(rule.profiles)} only, this is {profile_name}"}
     judged, absent = [], []
@@ -174,7 +178,7 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
         value, low, high = (found[key] for key in ("value", "ci_low", "ci_high")) if found else (None, None, None)
         judged.append((verdict(value, low, high, part.side, part.threshold), part, value, low, high))
     row["verdict"] = combine([entry[0] for entry in judged])
-    notes = [f"{part.metric} of {part.system} {_figure(value, low, high)}: {word}" for word, part, value, low, high in judged]
+    notes = [f"{_figure(part, value, low, high)}: {word}" for word, part, value, low, high in judged]
     if absent:
         notes.append("not run: " + ", ".join(dict.fromkeys(absent)))
     if rule.id == "C1":
@@ -186,7 +190,8 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
     _, part, value, low, high = deciding
     runs = frame[(frame.experiment == part.experiment) & (frame.system == "diffusion_link") & (frame.seed != "all") & (frame.split == "test")]
     evidence = f"metrics.csv: experiment={part.rows_experiment}, split=test, system={part.system}, metric={part.metric}, seed=all"
-    return row | {"ours": value, "ci_low": low, "ci_high": high, "n_seeds": runs.seed.nunique(), "evidence": evidence}
+    return row | {"ours": value, "ci_low": low, "ci_high": high, "n_seeds": runs.seed.nunique(), "evidence": evidence,
+                  "decided_by": _figure(part, value, low, high)}
 
 
 def control_notes(frame: pd.DataFrame) -> list[str]:
@@ -211,23 +216,23 @@ def write_claims(profile: Profile) -> list[dict]:
     frame = MetricsFile(profile).frame()
     rows = [judge(rule, frame, profile.name) for rule in VERDICT_RULES]
     atomic_write(profile.results_dir / "claims.csv", csv_text(rows, CLAIM_COLUMNS))
-    table = markdown_table(["claim", "", "paper", "ours, 95 % interval", "training seeds", "verdict"], [
-        [row["id"], row["claim"], row["paper_value"], _figure(row.get("ours"), row.get("ci_low"), row.get("ci_high")), row["n_seeds"],
-         row["verdict"].replace("_", " ")] for row in rows
-    ])
+    table = markdown_table(["claim", "", "paper", "verdict", "the figure that decided, 95 % interval", "training seeds"], [
+        [row["id"], row["claim"], row["paper_value"], row["verdict"].replace("_", " "), row["decided_by"], row["n_seeds"]] for row in rows
+    ], left=5)
     details = "\n".join(f"**{row['id']}** {rule.rule}\n\n" + "".join(f"- {note}\n" for note in row["note"].split("; "))
                         for rule, row in zip(VERDICT_RULES, rows))
-    head = f"# Verdicts on the paper's claims, profile {profile.name}\n\nOurs is the figure that decided; the rules were fixed before test was scored.\n"
+    head = f"# Verdicts on the paper's claims, profile {profile.name}\n\nThe rules were fixed before any system was scored on test.\n"
     atomic_write(profile.results_dir / "claims.md", f"{head}\n{table}\n## Rules and figures\n\n{details}")
     return rows
 
 
-def _figure(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or math.isnan(value):
-        return "not computed"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:+.4f}" + ("" if low is None or math.isnan(low) else f" [{low:+.4f}, {high:+.4f}]")
+def _figure(part: Part, value: float | None, low: float | None, high: float | None) -> str:
+    """A part's figure in words: ``rmg of diffusion_link-raw -0.0500 [-0.0600, -0.0400]``; differences show their sign."""
+    def number(x: float) -> str:
+        return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:+.4f}" if part.baseline else f"{x:.4f}"
+    shown = "not computed" if value is None or math.isnan(value) else number(value)
+    has_interval = low is not None and not math.isnan(low) and not part.exact
+    return f"{part.metric} of {part.system} {shown}" + (f" [{number(low)}, {number(high)}]" if has_interval else "")
 
 
 def _margin(entry: tuple) -> float:

@@ -88,9 +88,9 @@ def csv_text(rows: list[dict], columns: tuple[str, ...] | list[str]) -> str:
     return buffer.getvalue()
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A GitHub Markdown table; the first column is aligned left, the others right; ``|`` in a cell is escaped."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join([":--"] + ["--:"] * (len(header) - 1)) + "|"]
+def markdown_table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A GitHub Markdown table; the first ``left`` columns are aligned left, the others right; ``|`` in a cell is escaped."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join([":--"] * left + ["--:"] * (len(header) - left)) + "|"]
     lines += ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,6 @@ GAP_PANELS = {
 }
 FLAGS = ("uses_pairs", "uses_memory", "trained")
 COSTS = ("parameters", "ms_per_1000")
-SAME_METHOD = {"diffusion_link_ddim": "diffusion_link", "text_to_audio": "diffusion_link"}   # rows that are another use of a system
 NOT_RANKED = ("text_floor", "text_ceiling", "text_to_audio")    # bounds, and the opposite direction
 LEGEND = (
     "Mean ± standard deviation over training seeds x noise seeds [95 % interval: one training seed, one noise seed and the recordings "
@@ -60,7 +59,7 @@ def write_table1(profile: Profile, split: str = "test", traits: dict | None = No
     if not rows:
         raise ValueError(f"metrics.csv has no gap rows for split {split!r}: run notebook 05, or ./run_all.sh --only 05")
     for row in rows:
-        method = traits.get(SAME_METHOD.get(row["system"], row["system"]))
+        method = traits.get(row["system"])
         row |= {flag: "" if method is None else ("yes" if getattr(method, flag) else "no") for flag in FLAGS}
     columns = ["system", "space", *FLAGS, *COSTS, "n_items", "n_runs", *(m + end for m in metrics for end in ("", "_sd", "_ci_low", "_ci_high", "_mark"))]
     items = ", ".join(sorted({str(row["n_items"]) for row in rows}))
@@ -142,11 +141,12 @@ def _count(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
-def _number(value: float) -> str:
-    """Three significant digits at least, four decimals at most: .1234, 12.3, 0.0012."""
+def _number(value: float | None, like: float | None = None) -> str:
+    """Four decimals below .01, three below 10, one above; ``like`` takes the decimals of another figure."""
     if value is None or math.isnan(value):
         return ""
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.4f}"
+    size = abs(value if like is None else like)
+    return f"{value:.{1 if size >= 10 else 3 if size >= 0.01 or size == 0 else 4}f}"
 
 
 def _cell(row: dict, metric: str) -> str:
@@ -157,7 +157,7 @@ def _cell(row: dict, metric: str) -> str:
         return "n/c"
     shown = {"best": "**{}**", "tie": "*{}*"}.get(row.get(metric + "_mark", ""), "{}").format(_number(value))
     if not math.isnan(row[metric + "_sd"]):
-        shown += f" ± {_number(row[metric + '_sd'])}"
+        shown += f" ± {_number(row[metric + '_sd'], value)}"
     if not math.isnan(row[metric + "_ci_low"]):
-        shown += f" [{_number(row[metric + '_ci_low'])}, {_number(row[metric + '_ci_high'])}]"
+        shown += f" [{_number(row[metric + '_ci_low'], value)}, {_number(row[metric + '_ci_high'], value)}]"
     return shown

@@ -11,7 +11,8 @@ from scipy.linalg import sqrtm
 from sklearn.metrics import roc_auc_score
 
 from dl import metrics
-from dl.bootstrap import make_draws, paired_difference, score_clips, score_system
+from dl.bootstrap import make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
+from dl.encoder import Embeddings
 from dl.metrics import Reference, gap_metrics, median_bandwidth
 from dl.neighbours import ranking_scores, retrieval, top_k, weight_rows
 
@@ -237,6 +238,23 @@ def test_text_floor_does_not_meet_itself():
     lone = retrieval(second, reference.gallery[without], reference.gallery_clip[without])
     for name in ("text_to_audio_recall_at_1", "text_to_audio_map_at_10"):
         assert masked[name] == pytest.approx(lone[name]), "in this direction the masked caption simply does not ask"
+
+
+def test_reference_and_text_floor_from_embeddings():
+    audio, text = clouds(30)
+    gallery = torch.from_numpy(reference_of(text, copies=3).gallery).float()
+    embeddings = Embeddings("test", [str(i) for i in range(30)], torch.from_numpy(audio).float(), gallery, torch.arange(30).repeat_interleave(3),
+                            [""] * 90, [])
+    reference = make_reference(embeddings)
+    assert np.array_equal(reference.text, embeddings.first_text.numpy()) and reference.bandwidth == median_bandwidth(reference.text)
+    vectors, masked = text_floor(embeddings, reference)
+    assert np.array_equal(vectors, embeddings.kth_text(1).numpy()) and masked.exclude.tolist() == [3 * i + 1 for i in range(30)]
+    assert gap_metrics(vectors, masked)["map_at_10"] < gap_metrics(vectors, reference)["map_at_10"]
+    means = embeddings.audio.mean(0), gallery.mean(0)
+    centred = make_reference(embeddings, means=means)
+    assert np.allclose(centred.gallery, unit(gallery.numpy() - means[1].numpy()), atol=1e-6) and centred.bandwidth > reference.bandwidth
+    with pytest.raises(ValueError, match="captions"):
+        text_floor(Embeddings("test", ["a"], gallery[:1], gallery[:1], torch.zeros(1, dtype=torch.int64), [""], []), reference)
 
 
 # ------------------------------------------------------------------------------------------------------ weights, invariances

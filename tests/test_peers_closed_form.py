@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from dl.peers import REGISTRY, build
 from dl.peers.base import Peer, centre, uncentre
+from dl.results import SYSTEMS
 
 D = 12
 CLOSED_FORMS = ("raw", "mean_shift", "c3", "capdec", "realign", "whitening_colouring", "projection", "nearest_text", "procrustes", "ridge", "pls_head")
@@ -59,6 +60,10 @@ def test_methods_without_pairs_do_not_look_at_them(name, split):
     audio, text, text_clip = split
     shuffled = text_clip[torch.randperm(len(text_clip), generator=torch.Generator().manual_seed(5))]
     assert torch.equal(build(name).fit(audio, text, text_clip)(audio), build(name).fit(audio, text, shuffled)(audio))
+
+
+def test_every_system_that_maps_a_vector_is_registered():
+    assert set(REGISTRY) == set(SYSTEMS) - {"text_floor", "text_ceiling"}
 
 
 def test_unknown_name_lists_the_known_ones():

@@ -5,7 +5,7 @@
 """
 from __future__ import annotations
 
-from dl.peers import closed_form
+from dl.peers import closed_form, trained
 from dl.peers.base import Peer, centre, uncentre
 
 REGISTRY: dict[str, type] = {
@@ -20,6 +20,7 @@ REGISTRY: dict[str, type] = {
     "procrustes": closed_form.Procrustes,
     "ridge": closed_form.Ridge,
     "pls_head": closed_form.PLSHead,
+    **trained.REGISTRY,
 }
 
 
