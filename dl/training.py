@@ -1,0 +1,288 @@
+"""Training: an exponential moving average, a sampler of pairs, and one resumable loop for the bridge and its trained peers.
+
+``fit`` is the loop; it knows a network and a function that gives a step's losses, nothing of audio or text. ``train_bridge``
+hands it the bridge's losses; ``dl.peers.trained`` hands it those of the peers.
+
+Marks: [paper], (paper~) read in a summary of the paper, [SEED], [ours], as in ``dl.config``.
+"""
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from dl import bridge, checkpoint, losses, scheduler
+from dl.bridge import INFERENCE_FIELDS, DiffusionLink, unit_rows
+from dl.config import BridgeConfig
+from dl.losses import bridge_losses
+
+CHECKPOINT_EVERY = 200  # steps between two checkpoints of a fit
+HISTORY_ROWS = 50  # rows of a training history, each the mean over the steps since the row before
+SOURCES = [Path(module.__file__) for module in (bridge, scheduler, losses)] + [Path(__file__)]  # code that decides a fit's result
+
+LossFn = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
+Callback = Callable[[int, dict[str, float]], None]
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+class EMA:
+    """Exponential moving average of a network's parameters: e <- e + (1 - d) (p - e).
+
+    d = min(decay, (1 + step) / (10 + step)) [ours]: early on the average forgets the initial weights faster.
+
+    Args:
+        network: what is averaged, from its present parameters on.
+        decay: in [0, 1); 0 follows the network exactly.
+
+    Attributes:
+        network: a copy in eval mode that holds the averages.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take one step towards the network's present parameters; ``step`` counts from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.network.parameters()), list(network.parameters()), 1.0 - decay)
+
+
+class PairSampler:
+    """Draws clips uniformly, with replacement, and for each one of its captions at random.
+
+    Args:
+        text_clip: (m,) int64, the row of ``audio`` that caption m belongs to.
+        num_clips: n, the rows of ``audio``.
+
+    Raises:
+        ValueError: a row out of range, or a clip without a caption.
+    """
+
+    def __init__(self, text_clip: Tensor, num_clips: int) -> None:
+        if text_clip.ndim != 1 or text_clip.numel() == 0 or int(text_clip.min()) < 0 or int(text_clip.max()) >= num_clips:
+            raise ValueError(f"text_clip must hold rows of audio, 0 to {num_clips - 1}, one for each caption")
+        self.order = torch.argsort(text_clip.cpu(), stable=True)  # captions, those of one clip side by side
+        self.counts = torch.bincount(text_clip.cpu(), minlength=num_clips)
+        if int(self.counts.min()) == 0:
+            raise ValueError(f"clip {int(self.counts.argmin())} has no caption: leave it out of audio")
+        self.first = self.counts.cumsum(0) - self.counts
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Rows of ``audio`` and the rows of ``text`` paired with them, both (batch_size,) int64 on the CPU."""
+        clips = torch.randint(len(self.counts), (batch_size,), generator=generator)
+        which = (torch.rand(batch_size, generator=generator, dtype=torch.float64) * self.counts[clips]).long()
+        return clips, self.order[self.first[clips] + which]
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, torch's global generators start from ``seed``; on leaving, they are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def learning_rate(config: BridgeConfig, step: int) -> float:
+    """The learning rate of ``step`` (from 0): constant, or half a cosine from config.learning_rate towards 0.
+
+    Raises:
+        ValueError: unknown lr_schedule.
+    """
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    if config.lr_schedule == "cosine":
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.train_steps))
+    raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}: choose constant or cosine")
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+def fit(
+    network: nn.Module, loss_fn: LossFn, config: BridgeConfig, *, seed: int, identity: dict[str, object] | None = None,
+    checkpoint_path: str | Path | None = None, checkpoint_every: int = CHECKPOINT_EVERY,
+    validate: Callable[[nn.Module], float] | None = None, betas: tuple[float, float] = (0.9, 0.999),
+    progress: bool = True, callback: Callback | None = None,
+) -> pd.DataFrame:
+    """Train ``network`` in place for config.train_steps steps of AdamW; at the end it holds the EMA weights, in eval mode.
+
+    Every random number comes from one generator: the batches and the noise directly, the dropout through a seed it draws for
+    each step. So a run resumed from ``checkpoint_path`` equals an undisturbed one bit for bit (same machine, same threads),
+    and torch's global generators are left as they were. A finished fit is kept in the checkpoint: a second call returns at once.
+
+    Args:
+        network: what is trained; its initial weights are the caller's business (see ``seeded``).
+        loss_fn: (network, generator) -> the losses of one batch, () float each; "loss" is the one that is minimised.
+        config: learning_rate, weight_decay, lr_schedule, train_steps, grad_clip (0: off), ema_decay.
+        seed: of the generator.
+        identity: what else decides the result (data, recipe), as ``checkpoint.fingerprint`` takes it.
+        checkpoint_path: a safetensors file; None keeps nothing.
+        checkpoint_every: steps between two checkpoints.
+        validate: (network with the EMA weights) -> a pair cosine on val, at each row of the history.
+        betas: of AdamW.
+        progress: show a progress bar on stderr.
+        callback: called as callback(steps done, losses of the step) after every step.
+
+    Returns:
+        The history: step, the mean of each loss since the row before, val_pair_cosine (NaN without ``validate``).
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite.
+        ValueError: an unknown choice in ``config``.
+    """
+    device = next(network.parameters()).device
+    ema = EMA(network, config.ema_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+    generator = torch.Generator().manual_seed(seed)
+    done, history, totals, since = 0, [], {}, 0
+
+    training = {name: value for name, value in asdict(config).items() if name not in INFERENCE_FIELDS}
+    shapes = [[name, list(parameter.shape)] for name, parameter in network.named_parameters()]
+    run = checkpoint.fingerprint(config=[training, betas], seed=seed, network=shapes, code=SOURCES, **(identity or {}))
+    if checkpoint_path is not None and (found := checkpoint.load_checkpoint(checkpoint_path, run)):
+        tensors, state = found
+        done, history, totals, since = state["step"], state["history"], state["totals"], state["since"]
+        _load(ema.network, tensors, "ema.")
+        if done < config.train_steps:
+            _load(network, tensors, "network.")
+            _load_optimizer(optimizer, tensors)
+            generator.set_state(tensors["generator"])
+
+    network.train()
+    every = max(1, config.train_steps // HISTORY_ROWS)
+    bar = tqdm(total=config.train_steps, initial=done, disable=not progress, desc="training", unit="step")
+    with bar, seeded(seed, device):
+        while done < config.train_steps:
+            # 1. a seed for this step's dropout, then the losses of one batch
+            _reseed(int(torch.randint(2**31, (), generator=generator)), device)
+            step_losses = loss_fn(network, generator)
+
+            # 2. one step of AdamW on the clipped gradient
+            optimizer.zero_grad()
+            step_losses["loss"].backward()
+            if config.grad_clip:
+                nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, done)
+            optimizer.step()
+
+            # 3. the average of the weights
+            ema.update(network, done)
+            done += 1
+            bar.update()
+
+            # 4. what is written down
+            values = {name: value.item() for name, value in step_losses.items()}
+            if not math.isfinite(values["loss"]):
+                raise FloatingPointError(f"training diverged at step {done}: lower learning_rate, now {config.learning_rate}")
+            totals, since = {name: totals.get(name, 0.0) + value for name, value in values.items()}, since + 1
+            if done % every == 0 or done == config.train_steps:
+                means = {name: total / since for name, total in totals.items()}
+                history.append({"step": done, **means, "val_pair_cosine": validate(ema.network) if validate else math.nan})
+                totals, since = {}, 0
+            if checkpoint_path is not None and (done % checkpoint_every == 0 or done == config.train_steps):
+                tensors = {f"ema.{name}": value for name, value in ema.network.state_dict().items()}
+                if done < config.train_steps:
+                    tensors |= {f"network.{name}": value for name, value in network.state_dict().items()}
+                    slots = optimizer.state_dict()["state"]
+                    tensors |= {f"optimizer.{i}.{name}": value for i, slot in slots.items() for name, value in slot.items()}
+                    tensors["generator"] = generator.get_state()
+                state = {"step": done, "history": history, "totals": totals, "since": since}
+                checkpoint.save_checkpoint(checkpoint_path, tensors, state, run)
+            if callback is not None:
+                callback(done, values)
+
+    network.load_state_dict(ema.network.state_dict())
+    network.eval()
+    return pd.DataFrame(history)
+
+
+def _reseed(seed: int, device: torch.device) -> None:
+    """Seed the global generators that dropout draws from (only those in use: torch.manual_seed walks every backend)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def _load(network: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Copy the tensors whose names start with ``prefix`` into the network."""
+    network.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give AdamW back its moments and step counts."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            slots.setdefault(int(i), {})[key] = value.clone()
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+# --------------------------------------------------------------------------------------------------------------- bridge
+def train_bridge(
+    config: BridgeConfig, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int,
+    checkpoint_path: str | Path | None = None, val: tuple[Tensor, Tensor] | None = None,
+    progress: bool = True, callback: Callback | None = None, checkpoint_every: int = CHECKPOINT_EVERY,
+) -> tuple[DiffusionLink, pd.DataFrame]:
+    """Train a bridge on cached embeddings; every step draws clips uniformly and one of each clip's captions at random.
+
+    The opposite direction, text to audio, is the same call with the roles swapped:
+    ``train_bridge(config, text, audio[text_clip], torch.arange(len(text)), seed=0)``.
+
+    Args:
+        config: network, schedule, losses and optimiser.
+        audio: (n, D) float, one row a clip; its device is where the training runs.
+        text: (m, D) float, one row a caption.
+        text_clip: (m,) int64, the row of ``audio`` that a caption belongs to.
+        seed: of the initial weights and of the training.
+        checkpoint_path, checkpoint_every, progress, callback: see ``fit``.
+        val: paired rows (audio (v, D), text (v, D)); their pair cosine goes into the history (EMA weights, config's k* and n,
+            one fixed draw of noise).
+
+    Returns:
+        (bridge with the EMA weights in eval mode, history: step, loss, loss_cross, loss_self, loss_topology, val_pair_cosine).
+
+    Raises:
+        ValueError: shapes that do not fit, NaN, a clip without a caption, an unknown choice in ``config``.
+
+    Example:
+        >>> bridge, history = train_bridge(BridgeConfig(train_steps=2), torch.randn(8, 16), torch.randn(8, 16), torch.arange(8), seed=0)
+    """
+    audio = unit_rows(audio, None, "audio")
+    text = unit_rows(text, audio.shape[1], "text")
+    if len(text_clip) != len(text):
+        raise ValueError(f"text_clip has {len(text_clip)} entries for {len(text)} captions: give one for each")
+    sampler = PairSampler(text_clip, len(audio))
+    with seeded(seed, audio.device):
+        link = DiffusionLink.from_config(config, audio.shape[1]).to(audio.device)
+    x_audio, x_text = link.scale * audio, link.scale * text
+
+    def loss_fn(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+        clips, captions = sampler.draw(config.batch_size, generator)
+        return bridge_losses(network, link.scheduler, x_audio[clips], x_text[captions], config, generator)
+
+    identity: dict[str, object] = {"recipe": "bridge", "data": [audio, text, text_clip]}
+    validate = None
+    if val is not None:
+        probe, val_text = copy.deepcopy(link), unit_rows(val[1], audio.shape[1], "val text")
+        identity["val"] = [list(val), [getattr(config, name) for name in INFERENCE_FIELDS]]
+
+        def validate(network: nn.Module) -> float:
+            probe.network = network
+            bridged_emb = probe(val[0], generator=torch.Generator().manual_seed(0))
+            return float((bridged_emb * val_text).sum(-1).mean())
+
+    history = fit(
+        link.network, loss_fn, config, seed=seed, identity=identity, checkpoint_path=checkpoint_path,
+        checkpoint_every=checkpoint_every, validate=validate, progress=progress, callback=callback,
+    )
+    return link.eval(), history
