@@ -273,7 +273,7 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 def unit_rows(embeddings: Tensor, embed_dim: int | None, name: str) -> Tensor:
-    """Check embeddings and divide each row by its norm.
+    """Check embeddings and divide each row by its norm; rows of unit norm (to 1e-5) stay as they are, bit for bit.
 
     Args:
         embeddings: (B, D) float, rows of any norm > 0.
@@ -297,4 +297,4 @@ def unit_rows(embeddings: Tensor, embed_dim: int | None, name: str) -> Tensor:
     norms = embeddings.norm(dim=-1, keepdim=True)
     if (norms == 0).any():
         raise ValueError(f"{name} holds a row of zeros, which has no direction: check the audio files they come from")
-    return embeddings / norms
+    return embeddings / torch.where((norms - 1).abs() < 1e-5, torch.ones_like(norms), norms)

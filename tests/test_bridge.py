@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 
-from dl.bridge import BridgeNetwork, DiffusionLink, timestep_embedding
+from dl.bridge import BridgeNetwork, DiffusionLink, timestep_embedding, unit_rows
 from dl.config import BridgeConfig
 
 DIM = 12
@@ -83,6 +83,12 @@ def test_call_gives_unit_float32_rows(bridge):
 
 def test_only_the_direction_of_a_row_counts(bridge):
     torch.testing.assert_close(bridge(3 * embeddings(), generator=seeded(0)), bridge(embeddings(), generator=seeded(0)))
+
+
+def test_unit_rows_is_idempotent_bit_for_bit():
+    once = unit_rows(torch.randn(500, 64, generator=seeded(0)), 64, "audio_emb")
+    assert torch.equal(unit_rows(once, 64, "audio_emb"), once)
+    torch.testing.assert_close(once.norm(dim=1), torch.ones(500))
 
 
 def test_generator_decides_the_noise(bridge):
