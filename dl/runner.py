@@ -104,7 +104,7 @@ def execute(run: Run, stage: Stage) -> Path:
     go_on = f"Repair it, then ./run_all.sh goes on from here (this stage alone: ./run_all.sh --only {stage.number})"
     try:
         execute_notebook(str(run.source(stage)), str(partial), parameters=parameters, kernel_name="python3", cwd=str(run.root),
-                         progress_bar=sys.stderr.isatty(), autosave_cell_every=60, extra_arguments=["--log-level=ERROR"])
+                         progress_bar=sys.stderr.isatty(), autosave_cell_every=60, extra_arguments=["--log-level=CRITICAL"])
     except PapermillExecutionError as error:
         os.replace(partial, failed)
         text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip().splitlines() or [f"{error.ename}: {error.evalue}"]
