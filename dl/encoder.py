@@ -1,0 +1,252 @@
+"""The frozen CLAP encoder: one class, three doors, and a cache of what it computed.
+
+``ClapEncoder.from_pretrained("mini")`` opens the weights that ship in ``data/mini/mini_clap``; a hub name or folder opens
+transformers' ``ClapModel``; a LAION-CLAP ``.pt`` opens laion-clap itself. All give unit-norm float32 rows (B, D) [paper~].
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dl.config import REPO, Profile
+from dl.data import SAMPLING_RATE, AudioError, Split, check_waveform, ids_sha256
+from dl.results import atomic_write
+
+CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]
+CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
+SHARD_SIZE = 512                # clips a cache file; a killed run repeats at most one
+MINI_FOLDER = REPO / "data/mini/mini_clap"
+
+
+class ClapEncoder:
+    """Audio and text to one unit sphere.
+
+    Example:
+        >>> encoder = ClapEncoder.from_pretrained("mini")
+        >>> encoder.embed_text(["A dog barks"]).shape
+        torch.Size([1, 256])
+    """
+
+    def __init__(self, backend) -> None:
+        self.backend = backend
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path = "mini", device: str | None = None) -> ClapEncoder:
+        """Open "mini", a ``ClapModel`` (hub name or folder), or a LAION-CLAP ``.pt`` (or the folder it was converted to).
+
+        Args:
+            device: "cpu", "cuda", ...; by default a GPU where there is one.
+
+        Raises:
+            FileNotFoundError: the weights are missing; the message says where they should be.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if str(name_or_path) == "mini":
+            return cls(MiniClapBackend.from_pretrained(MINI_FOLDER, device))
+        from dl.clap_backends import HubClapBackend, LaionClapBackend
+
+        path = Path(name_or_path)
+        is_laion = path.suffix == ".pt" or (path / "laion_clap.json").is_file()
+        return cls((LaionClapBackend if is_laion else HubClapBackend).from_pretrained(name_or_path, device))
+
+    @property
+    def embed_dim(self) -> int:
+        """D: 256 for "mini", 512 for LAION-CLAP."""
+        return self.backend.embed_dim
+
+    @property
+    def weights_sha256(self) -> str:
+        """Identifies the weights; part of every cache key."""
+        return self.backend.weights_sha256
+
+    def embed_audio(self, waveforms: Sequence[np.ndarray] | np.ndarray, sampling_rate: int = SAMPLING_RATE, batch_size: int = 16) -> Tensor:
+        """Embed mono waveforms; beyond 10 s only the first 10 s are heard, always the same ones [ours].
+
+        Args:
+            waveforms: B arrays (samples,) float32, of any lengths; or one array (B, samples).
+            sampling_rate: of all of them, in Hz.
+
+        Returns:
+            (B, D) float32 on the CPU, unit norm.
+
+        Raises:
+            AudioError: a waveform is empty, too short, silent or not finite; the message gives its place.
+        """
+        prepared = [crop(check_waveform(waveform, sampling_rate, f"waveform {place}")) for place, waveform in enumerate(waveforms)]
+        batches = [self.backend.embed_audio(prepared[start: start + batch_size]) for start in range(0, len(prepared), batch_size)]
+        return torch.cat(batches).float().cpu() if batches else torch.empty(0, self.embed_dim)
+
+    def embed_text(self, captions: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Embed captions: a list of B strings -> (B, D) float32 on the CPU, unit norm; equal strings give equal rows."""
+        unique = sorted(set(captions), key=lambda text: (len(text), text))       # equal lengths side by side: little padding
+        rows = [self.backend.embed_text(unique[start: start + batch_size]).float().cpu() for start in range(0, len(unique), batch_size)]
+        if not rows:
+            return torch.empty(0, self.embed_dim)
+        place = {text: row for row, text in enumerate(unique)}
+        return torch.cat(rows)[[place[text] for text in captions]]
+
+
+class MiniClapBackend:
+    """The shipped mini-CLAP behind the backends' interface."""
+
+    sampling_rate = SAMPLING_RATE
+
+    def __init__(self, model, weights_sha256: str, device: str) -> None:
+        self.model, self.weights_sha256, self.device, self.embed_dim = model.eval().to(device), weights_sha256, device, model.embed_dim
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, device: str) -> MiniClapBackend:
+        from dl.mini_clap import MiniClap
+
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights} is missing: it ships with the repository; restore it with git, or train it: ./run_all.sh --only A2")
+        return cls(MiniClap.from_pretrained(folder), hashlib.sha256(weights.read_bytes()).hexdigest(), device)
+
+    @torch.inference_mode()
+    def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
+        """Clips of one length (after padding to half seconds) go through together, so a batch never changes a row's padding."""
+        from dl.mini_clap import prepare
+
+        prepared = [prepare(waveform, SAMPLING_RATE) for waveform in waveforms]
+        rows = torch.empty(len(prepared), self.embed_dim)
+        for length in sorted({len(waveform) for waveform in prepared}):
+            places = [place for place, waveform in enumerate(prepared) if len(waveform) == length]
+            batch = torch.from_numpy(np.stack([prepared[place] for place in places])).to(self.device)
+            rows[places] = self.model.embed_audio(batch).float().cpu()
+        return rows
+
+    @torch.inference_mode()
+    def embed_text(self, captions: list[str]) -> Tensor:
+        return self.model.embed_text(captions)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The vectors of one split, as every later module takes them.
+
+    Attributes:
+        audio: (n, D) float32, unit norm, one row a clip.
+        text: (m, D) float32, unit norm, one row a caption; a clip's captions are consecutive.
+        text_clip: (m,) int64, the row of ``audio`` that caption belongs to.
+        captions: the m captions themselves.
+        skipped: a line with id and reason for every clip whose sound could not be used.
+    """
+
+    split: str
+    clip_ids: list[str]
+    audio: Tensor
+    text: Tensor
+    text_clip: Tensor
+    captions: list[str]
+    skipped: list[str]
+
+    def kth_text(self, k: int) -> Tensor:
+        """(n, D): caption k (from 0) of every clip; a clip with fewer captions answers with its last."""
+        counts = torch.bincount(self.text_clip, minlength=len(self.clip_ids))
+        first = counts.cumsum(0) - counts
+        return self.text[first + torch.minimum(torch.tensor(k), counts - 1)]
+
+    @property
+    def first_text(self) -> Tensor:
+        """(n, D): caption 1 of every clip, the `t` of the gap metrics."""
+        return self.kth_text(0)
+
+
+def crop(waveform: np.ndarray) -> np.ndarray:
+    """Keep the first 480,000 samples (10 s at 48 kHz) of (samples,)."""
+    return waveform[:CROP_SAMPLES]
+
+
+def decode(split: Split, places: Sequence[int], workers: int = 4) -> Iterator[tuple[int, np.ndarray | AudioError]]:
+    """Decode clips in threads, in order; a clip that cannot be used comes as its error."""
+    def one(place: int) -> np.ndarray | AudioError:
+        try:
+            return crop(check_waveform(split.waveform(place), SAMPLING_RATE, split.clip_ids[place]))
+        except AudioError as error:
+            return error
+
+    with ThreadPoolExecutor(workers) as pool:
+        yield from zip(places, pool.map(one, places), strict=True)
+
+
+def cache_key(split: Split, encoder: ClapEncoder) -> str:
+    """What the vectors depend on: the encoder's weights, the crop rule, the clips and the captions."""
+    parts = [encoder.weights_sha256, CROP_RULE, ids_sha256(split.clip_ids), split.frame.to_csv(index=False), *(text for texts in split.captions for text in texts)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True) -> Embeddings:
+    """Embed a split, or read what is there already; a killed call goes on at the shard of 512 clips it was in.
+
+    Clips that cannot be read, or are empty, silent or too short are named in ``skipped``; the others are done.
+    """
+    key = cache_key(split, encoder)
+    final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
+    if final.is_file() and _metadata(final).get("key") == key:
+        return load_embeddings(profile, split.name)
+    shards = final.with_name(f"{split.name}-{key[:16]}")
+    with tqdm(total=len(split), desc=f"{split.name}: audio", unit="clip", disable=not progress) as bar:
+        for start in range(0, len(split), SHARD_SIZE):
+            places = range(start, min(start + SHARD_SIZE, len(split)))
+            shard = shards / f"{start:08d}.safetensors"
+            if not shard.is_file():
+                _embed_shard(shard, split, places, encoder)
+            bar.update(len(places))
+    files = sorted(shards.glob("*.safetensors"))
+    stored = [load_file(file) for file in files]
+    kept = torch.cat([part["places"] for part in stored]).tolist()
+    if not kept:
+        raise AudioError(f"none of the {len(split)} clips of split '{split.name}' could be used: " + "; ".join(_metadata(files[0]).values()))
+    captions = [text for place in kept for text in split.captions[place]]
+    counts = torch.tensor([len(split.captions[place]) for place in kept])
+    tensors = {
+        "audio": torch.cat([part["audio"] for part in stored]), "text": encoder.embed_text(captions),
+        "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts),
+    }
+    lists = {"clip_ids": [split.clip_ids[place] for place in kept], "captions": captions,
+             "skipped": [reason for file in files for reason in _metadata(file).values()]}
+    atomic_write(final, save(tensors, {"key": key, "split": split.name, "lists": json.dumps(lists)}))
+    shutil.rmtree(shards)
+    return load_embeddings(profile, split.name)
+
+
+def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder) -> None:
+    """Embed some clips, in the order of their lengths so that a batch holds little padding, and store the good ones."""
+    sounds, errors = {}, {}
+    for place, sound in decode(split, places):
+        (errors if isinstance(sound, AudioError) else sounds)[place] = sound
+    by_length = sorted(sounds, key=lambda place: len(sounds[place]))
+    rows = encoder.embed_audio([sounds[place] for place in by_length])
+    tensors = {"audio": rows[np.argsort(by_length, kind="stable")].contiguous(), "places": torch.tensor(sorted(sounds), dtype=torch.int64)}
+    atomic_write(shard, save(tensors, {str(place): str(error) for place, error in errors.items()}))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def load_embeddings(profile: Profile, split: str) -> Embeddings:
+    """Read the cached vectors of ``split`` without opening the encoder.
+
+    Raises:
+        FileNotFoundError: they are missing; the message says which command makes them.
+    """
+    path = profile.cache_dir / "embeddings" / f"{split}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"embeddings for split '{split}' are missing: run notebook 02, or "
+                                f"./run_all.sh --profile {profile.name} --only 02")
+    return Embeddings(split=split, **load_file(path), **json.loads(_metadata(path)["lists"]))

@@ -1,0 +1,193 @@
+"""What Table 1 runs: hyper-parameters tuned on val with equal budgets, fits kept on disk, every system scored on test.
+
+Every trial is a row of ``search.csv``; the criterion is the same for all systems: the lowest RMG on val ([ours], ``dl.claims``).
+A tuned system gets eight fits of ``train_steps`` steps (ridge: eight closed forms); the start step k* and the number of steps n
+act at a call only and are swept on the fits. Only the final fits, seeds 0, 1, 2, ever meet test.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from itertools import product
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dl.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_system, text_floor
+from dl.bridge import INFERENCE_FIELDS
+from dl.claims import TUNING_METRIC, comparisons
+from dl.config import REPO, BridgeConfig, Profile
+from dl.data import Split, ids_sha256
+from dl.encoder import Embeddings
+from dl.metrics import gap_metrics
+from dl.peers import REGISTRY, Peer, build
+from dl.peers.trained import DiffusionLinkPeer
+from dl.results import git_sha, search_file
+
+Trial = dict[str, object]
+
+
+def grid(**choices) -> list[Trial]:
+    """Every combination of the choices, the last one varying fastest."""
+    return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
+
+
+START_STEPS = (0, 25, 50, 100, 200, 300, 400, 500, 600)      # k*
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+FITS: dict[str, list[Trial]] = {                              # eight a system
+    "ridge": grid(alpha=[1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]),
+    "seed": grid(learning_rate=LEARNING_RATES, dropout=[0.0, 0.1]),
+    "diffusion_link": grid(topology_weight=[0.0, 0.1, 1.0, 10.0], learning_rate=[5e-4, 1e-3]),
+    "diffusion_bridge": grid(learning_rate=[8e-5, 2.5e-4, 5e-4, 1e-3], batch_size=[64, 256]),
+}
+FITS["diffusion_link_ddim"] = FITS["diffusion_link"]          # the same networks
+INFERENCE: dict[str, list[Trial]] = {                         # swept on every fit
+    "diffusion_link": grid(start_timestep=START_STEPS, num_inference_steps=[1]),
+    "diffusion_link_ddim": [trial for trial in grid(start_timestep=START_STEPS, num_inference_steps=[5, 10])
+                            if trial["num_inference_steps"] <= trial["start_timestep"]],
+    "diffusion_bridge": grid(start_timestep=[100, 200, 300, 400, 500, 600, 700, 800], num_inference_steps=[5]),
+}
+WATCHED = (TUNING_METRIC, "pair_cosine", "centroid_gap", "recall_at_10", "effective_rank")
+
+
+def chosen(profile: Profile, system: str) -> Trial:
+    """The hyper-parameters that ``search.csv`` marks as chosen for a system; none where it was not tuned.
+
+    A profile's own search comes first, else that of ``mini``, which is committed.
+    """
+    for path in (profile.results_dir / "search.csv", REPO / "results/mini/search.csv"):
+        if path.is_file():
+            frame = pd.read_csv(path, dtype=str)
+            best = frame[(frame.system == system) & (frame.chosen == "1")]
+            if len(best):
+                return json.loads(best.params.iloc[0])
+    return {}
+
+
+def fit_system(profile: Profile, system: str, train: Embeddings, seed: int = 0, progress: bool = False, **hyper_parameters) -> Peer:
+    """Fit a system, or read the same fit from the cache; ``hyper_parameters`` go over the chosen ones.
+
+    Trained systems take ``profile.bridge.train_steps`` steps. Two systems that differ at a call only (one step, DDIM) share a fit.
+    """
+    hyper_parameters = {**chosen(profile, system), **hyper_parameters}
+    if not REGISTRY[system].trained:
+        return build(system, **hyper_parameters).fit(train.audio, train.text, train.text_clip, seed=seed)
+    peer = build(system, **{"train_steps": profile.bridge.train_steps, **_base(profile, system), **hyper_parameters})
+    family = "bridge" if isinstance(peer, DiffusionLinkPeer) else system
+    training = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
+    key = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:12]
+    path = profile.cache_dir / "fits" / f"{family}-{key}-{seed}.safetensors"
+    return peer.fit(train.audio, train.text, train.text_clip, seed=seed, checkpoint_path=path, progress=progress)
+
+
+def _base(profile: Profile, system: str) -> Trial:
+    """What a trained system takes from the profile before tuning: the batch size, where the recipe has none of its own."""
+    own_batch = REGISTRY[system].defaults.batch_size != BridgeConfig().batch_size
+    return {} if own_batch and profile.name != "smoke" else {"batch_size": profile.bridge.batch_size}
+
+
+def map_runs(peer: Peer, audio: Tensor, seed: int, noise_seeds: tuple[int, ...], space: str = "text") -> list[tuple[int, int, Tensor]]:
+    """(seed, noise seed, mapped (n, D)) for every noise seed; one entry where the system adds no noise."""
+    return [(seed, noise_seed, peer(audio, noise_seed=noise_seed, space=space)) for noise_seed in (noise_seeds if peer.stochastic else (0,))]
+
+
+def sweep(peer: Peer, val: Embeddings, trials: list[Trial], noise_seeds: tuple[int, ...]) -> list[dict[str, float]]:
+    """Score a fitted peer on val for each way of calling it: the mean of the watched metrics over noise seeds."""
+    reference = make_reference(val)
+    rows = []
+    for trial in trials:
+        if trial:
+            peer.set_inference(**trial)
+        scores = [gap_metrics(mapped, reference) for _, _, mapped in map_runs(peer, val.audio, 0, noise_seeds)]
+        rows.append({metric: sum(float(score[metric][0]) for score in scores) / len(scores) for metric in WATCHED})
+    return rows
+
+
+def search(profile: Profile, system: str, train: Embeddings, val: Embeddings, progress: bool = True) -> Trial:
+    """Tune one system on val with training seed 0, write every trial to ``search.csv``, and return the chosen one."""
+    file = search_file(profile)
+    number, rows, best = 0, [], (float("inf"), {})
+    for fit_trial in FITS[system]:
+        started = time.perf_counter()
+        call_trials = INFERENCE.get(system, [{}])
+        peer = fit_system(profile, system, train, seed=0, progress=progress, **fit_trial)
+        for call_trial, scores in zip(call_trials, sweep(peer, val, call_trials, profile.noise_seeds[:2]), strict=True):
+            params = {**fit_trial, **call_trial}
+            best = min(best, (scores[TUNING_METRIC], params), key=lambda entry: entry[0])
+            shared = {"system": system, "trial": number, "params": json.dumps(params), "split": "val", "seed": 0, "noise_seed": "all",
+                      "train_steps": profile.bridge.train_steps if peer.trained else 0, "git_sha": git_sha(),
+                      "wall_s": round(time.perf_counter() - started, 1)}
+            rows += [{**shared, "metric": metric, "value": value} for metric, value in scores.items()]
+            number += 1
+    for row in rows:
+        row["chosen"] = int(json.loads(row["params"]) == best[1])
+    file.remove(system=system)
+    file.add(rows)
+    return best[1]
+
+
+def score_table(
+    profile: Profile, systems: list[str], train: Embeddings, test: Embeddings, split: Split, progress: bool = True
+) -> tuple[dict[tuple[str, str], SystemScores], list[dict]]:
+    """Fit every system with every training seed and score it on test.
+
+    Args:
+        systems: names of the registry, and "text_floor".
+        split: the test split, for recordings and labels.
+
+    Returns:
+        ((system, space) -> scores; the rows for ``metrics.csv``). A centred system is also scored in its own space; the
+        paired differences that the verdict rules ask for are among the rows.
+    """
+    place = [split.clip_ids.index(clip_id) for clip_id in test.clip_ids]               # clips may have been skipped
+    frame = split.frame.iloc[place]
+    labels = [frozenset(cell.split(";")) for cell in frame.labels] if "labels" in frame else None
+    draws = make_draws([split.clusters[i] for i in place], profile.bootstrap_samples)
+    subsets = {"test": None} | ({
+        "test:seen": (frame.seen == "1").to_numpy(), "test:unseen": (frame.seen == "0").to_numpy(),
+        "test:new_source": (frame.shares_source == "0").to_numpy(),
+    } if "seen" in frame else {})
+    shared = {"experiment": "gap", "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
+    scores: dict[tuple[str, str], SystemScores] = {}
+    rows: list[dict] = []
+    for system in systems:
+        reference = make_reference(test, labels)
+        if system == "text_floor":
+            mapped, reference = text_floor(test, reference)
+            scores[system, "text"] = score_system(system, [(0, 0, mapped)], reference, draws)
+            rows += scores[system, "text"].rows(**shared, split="test", space="text")
+            continue
+        seeds = profile.seeds if REGISTRY[system].trained else (0,)
+        peers = [fit_system(profile, system, train, seed, progress) for seed in seeds]
+        for space in ("text", "centred") if peers[0].centred else ("text",):
+            means = (peers[0].audio_mean.float(), peers[0].text_mean.float()) if space == "centred" else None
+            space_reference = make_reference(test, labels, means)
+            runs = [run for seed, peer in zip(seeds, peers, strict=True)
+                    for run in map_runs(peer, test.audio, seed, profile.noise_seeds, space)]
+            for name, mask in subsets.items() if space == "text" else [("test", None)]:
+                scored = score_system(system, runs, space_reference, draws, mask)
+                rows += scored.rows(**shared, split=name, space=space)
+                if name == "test":
+                    scores[system, space] = scored
+        rows += [{**shared, "system": system, "split": "test", "space": "text", "seed": "all", "noise_seed": "all", "n_items": len(test.clip_ids),
+                  "metric": metric, "value": value}
+                 for metric, value in (("parameters", peers[0].num_parameters), ("ms_per_1000", time_per_1000(peers[0], test.audio)))]
+    ours = scores.get(("diffusion_link", "text"))
+    for baseline in comparisons("gap"):
+        if ours and (baseline, "text") in scores:
+            rows += paired_difference(ours, scores[baseline, "text"], **{**shared, "experiment": "gap:paired"}, split="test", space="text")
+    return scores, rows
+
+
+def time_per_1000(peer: Peer, audio: Tensor, repeats: int = 5) -> float:
+    """Median milliseconds to map 1,000 vectors."""
+    batch = audio[torch.arange(1000) % len(audio)]
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        peer(batch)
+        times.append(1000 * (time.perf_counter() - started))
+    return sorted(times)[repeats // 2]
