@@ -3,8 +3,7 @@
 Notation: a and t are the paired audio and text embeddings, unit norm, dimension D; s = sqrt(D) is the scale, x_a = s a and
 x_t = s t. A unit vector in D = 512 has coordinates of about 0.044 and Gaussian diffusion assumes about 1: hence s.
 
-Marks: [paper] stated in the abstract, (paper~) in a summary of it, [SEED] the first author's released predecessor
-(arXiv 2505.16798), [ours] our choice. No equation of the paper is known to us.
+Marks: [paper], (paper~), [SEED] (arXiv 2505.16798), [ours], as in ``dl.config``. No equation of the paper is known to us.
 """
 from __future__ import annotations
 
@@ -167,10 +166,11 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale {scale} must be a positive number, or None for sqrt(embed_dim)")
         self.embed_dim = embed_dim
-        self.network = BridgeNetwork(embed_dim, num_blocks, width_factor, dropout)
-        self.scheduler = DDIMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule)
+        self.network = BridgeNetwork(embed_dim, num_blocks, width_factor, dropout)  # DEVIATION(network): but for the 3 blocks, SEED's
+        self.scheduler = DDIMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule)  # DEVIATION(noise-schedule): SEED's
         self.register_buffer("scale", torch.tensor(math.sqrt(embed_dim) if scale is None else float(scale)))
         self.scheduler.inference_timesteps(start_timestep, num_inference_steps)  # raises if they do not fit
+        # DEVIATION(inference): k*, n and the way to the answer are unknown to us; SEED's are the defaults, val decides.
         self.start_timestep, self.num_inference_steps, self.add_noise = start_timestep, num_inference_steps, add_noise
 
     @classmethod

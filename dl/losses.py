@@ -99,6 +99,7 @@ def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor
     Returns:
         loss, loss_cross, loss_self, loss_topology, each () float.
     """
+    # DEVIATION(prediction-losses): only their names are known to us; L1, equal weights and the self term follow SEED.
     zero = target.new_zeros(())
     losses = {"loss_cross": prediction_loss(from_audio, target, config.loss), "loss_self": zero, "loss_topology": zero}
     predictions = [from_audio]

@@ -139,6 +139,7 @@ def fit(
         ValueError: an unknown choice in ``config``.
     """
     device = next(network.parameters()).device
+    # DEVIATION(training-recipe): learning rate and weight decay follow SEED; batch, schedule, clipping and EMA are ours.
     ema = EMA(network, config.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
     generator = torch.Generator().manual_seed(seed)

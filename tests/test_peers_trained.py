@@ -17,7 +17,7 @@ D = 8
 SMALL = {"train_steps": 12, "batch_size": 16}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Networks this small are slower on two threads, and much slower on a busy machine."""
     threads = torch.get_num_threads()

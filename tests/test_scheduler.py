@@ -103,6 +103,7 @@ def test_inference_timesteps():
     scheduler = DDIMScheduler()
     assert scheduler.inference_timesteps(50, 5).tolist() == [50, 40, 30, 20, 10]
     assert scheduler.inference_timesteps(600, 5).tolist() == [600, 480, 360, 240, 120]
+    assert scheduler.inference_timesteps(50, 3).tolist() == [50, 33, 17]  # 16.67 is rounded, not cut
     assert scheduler.inference_timesteps(0, 1).tolist() == [0]
     for start_timestep in (1, 2, 3, 7, 25, 50, 99, 600):
         for n in range(1, start_timestep + 1):

@@ -24,7 +24,7 @@ REPO = Path(__file__).resolve().parents[1]
 CONFIG = BridgeConfig(train_steps=30, batch_size=8)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Networks this small are slower on two threads, and much slower on a busy machine."""
     threads = torch.get_num_threads()
