@@ -32,9 +32,9 @@ LARGEST_TILT = 0.6              # coefficient of the one-tap filter y_t = x_t + 
 class HeadTraining:
     """How long and how hard the heads train."""
 
-    epochs: int = 10
-    batch_size: int = 256
-    learning_rate: float = 1.5e-3       # peak of a one-cycle schedule
+    epochs: int = 9
+    batch_size: int = 128
+    learning_rate: float = 1e-3         # peak of a one-cycle schedule
     weight_decay: float = 0.05
     frame_dropout: float = 0.1          # share of frames set to zero
     text_noise: float = 0.01            # s.d. added to every coordinate of MiniLM's vectors
