@@ -195,7 +195,7 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     """
     key = cache_key(split, encoder)
     final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
-    if final.is_file() and _metadata(final).get("key") == key:
+    if final.is_file() and _about(final).get("key") == key:
         return load_embeddings(profile, split.name)
     shards = final.with_name(f"{split.name}-{key[:16]}")
     with tqdm(total=len(split), desc=f"{split.name}: audio", unit="clip", disable=not progress) as bar:
@@ -207,18 +207,18 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
             bar.update(len(places))
     files = sorted(shards.glob("*.safetensors"))
     stored = [load_file(file) for file in files]
+    skipped = [reason for file in files for reason in _about(file)["skipped"]]
     kept = torch.cat([part["places"] for part in stored]).tolist()
     if not kept:
-        raise AudioError(f"none of the {len(split)} clips of split '{split.name}' could be used: " + "; ".join(_metadata(files[0]).values()))
+        raise AudioError(f"none of the {len(split)} clips of split '{split.name}' could be used: " + "; ".join(skipped[:3]))
     captions = [text for place in kept for text in split.captions[place]]
     counts = torch.tensor([len(split.captions[place]) for place in kept])
     tensors = {
         "audio": torch.cat([part["audio"] for part in stored]), "text": encoder.embed_text(captions),
         "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts),
     }
-    lists = {"clip_ids": [split.clip_ids[place] for place in kept], "captions": captions,
-             "skipped": [reason for file in files for reason in _metadata(file).values()]}
-    atomic_write(final, save(tensors, {"key": key, "split": split.name, "lists": json.dumps(lists)}))
+    lists = {"clip_ids": [split.clip_ids[place] for place in kept], "captions": captions, "skipped": skipped}
+    _write(final, tensors, {"key": key, "lists": lists})
     shutil.rmtree(shards)
     return load_embeddings(profile, split.name)
 
@@ -231,12 +231,17 @@ def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder)
     by_length = sorted(sounds, key=lambda place: len(sounds[place]))
     rows = encoder.embed_audio([sounds[place] for place in by_length])
     tensors = {"audio": rows[np.argsort(by_length, kind="stable")].contiguous(), "places": torch.tensor(sorted(sounds), dtype=torch.int64)}
-    atomic_write(shard, save(tensors, {str(place): str(error) for place, error in errors.items()}))
+    _write(shard, tensors, {"skipped": [str(errors[place]) for place in sorted(errors)]})
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+    """All that is no tensor goes into one entry: safetensors writes several in an order that changes from run to run."""
+    atomic_write(path, save(tensors, {"about": json.dumps(about)}))
+
+
+def _about(path: Path) -> dict:
     with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        return json.loads((file.metadata() or {}).get("about", "{}"))
 
 
 def load_embeddings(profile: Profile, split: str) -> Embeddings:
@@ -249,4 +254,4 @@ def load_embeddings(profile: Profile, split: str) -> Embeddings:
     if not path.is_file():
         raise FileNotFoundError(f"embeddings for split '{split}' are missing: run notebook 02, or "
                                 f"./run_all.sh --profile {profile.name} --only 02")
-    return Embeddings(split=split, **load_file(path), **json.loads(_metadata(path)["lists"]))
+    return Embeddings(split=split, **load_file(path), **_about(path)["lists"])
