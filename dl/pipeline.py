@@ -23,7 +23,8 @@ from pathlib import Path
 import dl
 from dl.config import REPO, Profile
 
-METRICS = "metrics.csv"      # shared: every stage keeps its own rows in it
+METRICS = "metrics.csv"               # shared: every stage keeps its own rows in it
+SEARCH = "{results}/search.csv"       # read by stage 06, which writes it anew when asked to tune again
 
 
 class StageError(RuntimeError):
@@ -39,7 +40,7 @@ class Stage:
         notebook: file name in ``notebooks/``.
         after: numbers of the stages whose outputs it reads.
         reads: files it reads, as patterns relative to the repository; ``{data}`` is the profile's data folder,
-            ``{encoder}`` its encoder where that is a file.
+            ``{encoder}`` its encoder where that is a file, ``{results}`` its results folder.
         makes: files it promises, as patterns relative to ``results/<profile>/``; each must match at least one file.
         default: False: runs only when named by ``--only``.
     """
@@ -53,21 +54,21 @@ class Stage:
 
 
 STAGES = (
-    Stage("00", "00_check_setup.ipynb"),
-    Stage("01", "01_hear_the_data.ipynb", reads=("{data}/**",)),
-    Stage("02", "02_encode_audio_and_text.ipynb", reads=("{data}/**", "{encoder}"), makes=("cache/embeddings/**/*.safetensors",)),
-    Stage("03", "03_see_the_modality_gap.ipynb", after=("02",), makes=(METRICS,)),
-    Stage("04", "04_build_the_bridge.ipynb"),
-    Stage("05", "05_cross_the_bridge.ipynb", after=("02",), makes=(METRICS, "checkpoints/bridge/*")),
-    Stage("06", "06_compare_bridges.ipynb", after=("02", "05"), makes=(METRICS, "table1.csv", "table1.md")),
-    Stage("07", "07_caption_zero_shot.ipynb", after=("02", "05")),
-    Stage("08", "08_caption_supervised.ipynb", after=("02", "05")),
-    Stage("09", "09_ablate_the_bridge.ipynb", after=("02", "05")),
+    Stage("00", "00_check_setup.ipynb", makes=("figures/00_*",)),
+    Stage("01", "01_hear_the_data.ipynb", reads=("{data}/**",), makes=("figures/01_*",)),
+    Stage("02", "02_encode_audio_and_text.ipynb", reads=("{data}/**", "{encoder}"), makes=("cache/embeddings/*.safetensors", "figures/02_*")),
+    Stage("03", "03_see_the_modality_gap.ipynb", after=("02",), makes=(METRICS, "figures/03_*")),
+    Stage("04", "04_build_the_bridge.ipynb", after=("02",), makes=("figures/04_*",)),
+    Stage("05", "05_cross_the_bridge.ipynb", after=("02", "04"), makes=(METRICS, "figures/05_*")),
+    Stage("06", "06_compare_bridges.ipynb", after=("02",), reads=("{data}/**", SEARCH, "results/mini/search.csv"),
+          makes=(METRICS, "table1.csv", "table1.md", "claims.csv", "figures/06_*")),
+    Stage("07", "07_caption_zero_shot.ipynb", after=("02", "04")),
+    Stage("08", "08_caption_supervised.ipynb", after=("02", "04")),
+    Stage("09", "09_ablate_the_bridge.ipynb", after=("02",)),
     Stage("10", "10_replication_report.ipynb", after=("03", "05", "06", "07", "08", "09"), reads=("results/paper.csv",)),
     Stage("11", "11_caption_your_own.ipynb", after=("07",)),
-    Stage("A1", "A1_build_mini_corpus.ipynb", reads=("data/mini/recordings/**",), default=False),
-    Stage("A2", "A2_train_mini_clap.ipynb", default=False,
-          reads=("data/mini/recordings/**", "data/mini/scenes.csv", "data/mini/train.csv", "data/mini/val.csv")),
+    Stage("A1", "A1_build_mini_corpus.ipynb", reads=("data/mini/recordings/**",), makes=("figures/A1_*",), default=False),
+    Stage("A2", "A2_train_mini_clap.ipynb", reads=("data/mini/**",), makes=("mini_clap.csv", "figures/A2_*"), default=False),
 )
 
 
@@ -106,18 +107,15 @@ def imported_modules(source: str, package: Path, inside: str = "") -> set[Path]:
     whole sub-package (a registry imports by name). ``dl/__init__.py``, which only points to the others, is left out.
 
     Args:
-        source: of a notebook or module; lines that begin with % or ! are skipped.
+        source: of a notebook or module; lines that begin with % or ! are skipped, and what is not Python leads to all modules.
         package: the folder ``dl``.
         inside: dotted name of the package that ``source`` belongs to, for relative imports.
     """
     every = {path for path in package.rglob("*.py") if path != package / "__init__.py"}
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE))
     except SyntaxError:
-        try:
-            tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.MULTILINE))
-        except SyntaxError:
-            return every
+        return every
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -128,12 +126,8 @@ def imported_modules(source: str, package: Path, inside: str = "") -> set[Path]:
             names.update(f"{origin}.{dl.EXPORTS.get(alias.name, alias.name)}" if origin == "dl" else origin for alias in node.names)
     if "dl" in names or "dl.*" in names:
         return every
-    found: set[Path] = set()
-    for name in names:
-        if name.startswith("dl."):
-            top = package / name.split(".")[1]
-            found |= {path for path in every if path == top.with_suffix(".py") or top in path.parents}
-    return found
+    tops = {package / name.split(".")[1] for name in names if name.startswith("dl.")}
+    return {path for path in every if path.with_suffix("") in tops or tops & set(path.parents)}
 
 
 def module_closure(source: str, package: Path) -> list[Path]:
@@ -182,8 +176,8 @@ class Run:
     def parameters(self, stage: Stage) -> dict:
         """What papermill passes: profile, and ``full`` and ``seeds`` where asked for and the notebook takes them."""
         known = parameter_names(self.source(stage))
-        asked = {"full": self.full or None, "seeds": self.seeds}
-        return {"profile": self.profile.name} | {name: value for name, value in asked.items() if value is not None and name in known}
+        asked = {"full": self.full, "seeds": self.seeds}
+        return {"profile": self.profile.name} | {name: value for name, value in asked.items() if value and name in known}
 
     def name(self, path: Path) -> str:
         """A path as the reader of a message wants it: relative to the repository where it lies in it."""
@@ -203,7 +197,7 @@ class Run:
         AudioCaps' audio (``{data}/audio``) counts by name and size: reading 100 GB at every start would take longer than the run.
         """
         if pattern not in self._files:
-            base = Path(pattern.format(data=self.profile.data_dir, encoder=self.profile.encoder).removesuffix("**"))
+            base = Path(pattern.format(data=self.profile.data_dir, encoder=self.profile.encoder, results=self.results).removesuffix("**"))
             base = base if base.is_absolute() else self.root / base
             entries: dict[str, list[str]] = {}
             for path in sorted(base.rglob("*") if pattern.endswith("**") else [base]):

@@ -140,6 +140,9 @@ def run_stage(run: Run, stage: Stage, device: str) -> None:
     rows = {key for key, value in rows_now.items() if rows_before.get(key) != value} | (set(stamp_before.get("rows", [])) & set(rows_now))
     RowFile(run.results / "timing.csv", ("stage", "device", "wall_s", "peak_memory_mb"), ("stage", "device")).add(
         [{"stage": stage.number, "device": device, "wall_s": round(wall_s, 1), "peak_memory_mb": round(peak_mb)}])
+    for pattern in stage.reads:
+        if pattern.startswith("{results}"):       # a file that it may have written anew itself
+            parts |= run.read_files(pattern)
     stamp = {"notebook": stage.notebook, "parts": parts, "outputs": run.outputs(stage), "rows": sorted(rows),
              "wall_s": round(wall_s, 1), "finished": datetime.now(UTC).isoformat(timespec="seconds")}
     atomic_write(run.stamp_file(stage.number), json.dumps(stamp, indent=1))
@@ -239,8 +242,8 @@ def record_provenance(run: Run) -> None:
     from dl.results import atomic_write, write_provenance
 
     data = run.profile.data_dir
-    files = {run.name(path): path for path in [*sorted(data.glob("*.csv")), data / "mini_clap"] if path.exists()}
-    path = write_provenance(run.profile, files)
+    inputs = [*sorted(data.glob("*.csv")), data / "recordings", data / "mini_clap"]       # AudioCaps' audio is too large to hash
+    path = write_provenance(run.profile, {run.name(path): path for path in inputs if path.exists()})
     record = json.loads(path.read_text())
     stamps = {stage.number: run.stamp(stage.number) for stage in run.stages}
     record["command"] = " ".join(["run_all.sh", *sys.argv[2:]])
@@ -262,18 +265,18 @@ def last_screen(run: Run, done: dict[str, list[str]], seconds: float) -> None:
     if not (where / "table1.csv").is_file():
         return
     with open(where / "table1.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("system") in HEADLINE_SYSTEMS]
+        rows = [row for row in csv.DictReader(file) if row.get("system") in HEADLINE_SYSTEMS and row.get("space", "text") == "text"]
     metrics = [name for name in HEADLINE_METRICS if rows and name in rows[0]]
     if metrics:
         print("table1.csv, split test:\n  " + f"{'system':<22}" + "".join(f"{name:>16}" for name in metrics))
         for row in rows:
-            print(f"  {row['system']:<22}" + "".join(f"{row[name]:>16}" for name in metrics))
+            print(f"  {row['system']:<22}" + "".join(f"{float(row[name]) if row[name] else float('nan'):>16.3f}" for name in metrics))
 
 
 def list_stages(run: Run) -> None:
     """One line a stage: number, name, what it reads and makes, and when it last ended."""
     for stage in run.stages:
-        reads = [pattern.format(data=run.name(run.profile.data_dir), encoder="encoder").removesuffix("/**") for pattern in stage.reads]
+        reads = [pattern.format(data=run.name(run.profile.data_dir), encoder="encoder", results=run.name(run.results)).removesuffix("/**") for pattern in stage.reads]
         reads += [f"stage {number}" for number in stage.after]
         state = run.stamp(stage.number).get("finished", "not run" if run.source(stage).is_file() else "no notebook")
         print(f"{stage.number:<3} {Path(stage.notebook).stem.split('_', 1)[-1]:<26} reads: {', '.join(reads) or '-':<32} "

@@ -36,7 +36,7 @@ head = 'experiment,system,split,metric,seed,noise_seed,space,decoding,dataset,va
 STAGES_3 = (
     Stage("01", "01_first.ipynb", reads=("{data}/**",), makes=("numbers.csv",)),
     Stage("02", "02_second.ipynb", after=("01",), makes=("table1.csv", "metrics.csv")),
-    Stage("A1", "A1_apart.ipynb", default=False),
+    Stage("A1", "A1_apart.ipynb", reads=("{results}/search.csv",), default=False),
 )
 
 
@@ -162,6 +162,15 @@ def test_wrong_calls_end_in_one_line(toy, capsys):
         "run_all: notebooks/A1_apart.ipynb is not part of this version", "run_all: there is no notebook to run in notebooks/"]
 
 
+def test_a_stage_may_write_a_file_that_it_reads(toy):
+    write_notebook(toy.root / "notebooks/A1_apart.ipynb", SETUP, "ran('A1')\nimport random\n(out / 'search.csv').write_text(str(random.random()))")
+    assert run_stages(toy, only=["A1"]) == 0
+    assert toy.reason(STAGES_3[2]) is None
+    (toy.results / "search.csv").write_text("edited")
+    toy.forget_files()
+    assert toy.reason(STAGES_3[2]) == f"{toy.results / 'search.csv'} changed"
+
+
 # -------------------------------------------------------------------------------------------------------------- parameters
 def test_parameters_reach_the_notebooks_that_declare_them(toy):
     path = toy.root / "notebooks/A1_apart.ipynb"
@@ -194,7 +203,7 @@ def test_records_and_last_screen(toy, capsys):
     assert (toy.results / "notebooks/01_first.ipynb").is_file()
     assert not [path for path in toy.results.rglob(".*") if path.name != ".lock"]
     out = capsys.readouterr().out
-    assert re.search(r"raw +7\n", out)
+    assert re.search(r"raw +7\.000\n", out)
     assert "other" not in out
     assert "2 stages run, 0 up to date" in out
 
