@@ -1,4 +1,4 @@
-"""``python -m dl check`` and ``python -m dl run`` (what ``./run_all.sh`` calls)."""
+"""``python -m dl check``, ``python -m dl run`` (what ``./run_all.sh`` calls) and ``python -m dl readme``."""
 from __future__ import annotations
 
 import argparse
@@ -10,7 +10,7 @@ from dl.config import PROFILES, get_profile
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m dl", description="Diffusion-Link, replicated.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{check,run}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{check,run,readme}")
 
     check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
     check.add_argument("--profile", choices=PROFILES, default="mini")
@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="run them even if nothing changed")
     run.add_argument("--dry-run", action="store_true", help="say RUN or SKIP for each stage, with the reason, and run nothing")
     run.add_argument("--list", action="store_true", help="list the stages, what each reads and makes")
+
+    commands.add_parser("readme", help="copy the tables of results/mini into README.md")
     return top
 
 
@@ -37,6 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         from dl.check import check
 
         return check(get_profile(options.profile), options.pins_only)
+
+    if options.command == "readme":
+        from dl.readme import write_readme
+
+        write_readme()
+        return 0
 
     from dl.pipeline import STAGES, Run
     from dl.runner import list_stages, run_stages

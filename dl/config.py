@@ -32,7 +32,7 @@ class BridgeConfig:
     weight_decay: float = 5e-5             # [SEED]
     lr_schedule: str = "cosine"            # [ours] constant or cosine
     batch_size: int = 256                  # [ours]
-    train_steps: int = 800                 # [ours]
+    train_steps: int = 600                 # [ours]
     grad_clip: float = 1.0                 # [ours]
     ema_decay: float = 0.995               # [ours]
     start_timestep: int = 50               # [SEED] k*, the level at which the audio vector enters

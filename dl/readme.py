@@ -1,0 +1,79 @@
+"""The generated parts of README.md: its tables are copied from ``results/mini`` by ``python -m dl readme``; a test keeps them in step."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from dl.config import REPO, get_profile
+from dl.results import atomic_write, markdown_table
+
+HEADLINE = {"pair_cosine": "pair cosine ↑", "centroid_gap": "centroid gap ↓", "rmg": "RMG ↓", "recall_at_10": "R@10 ↑", "effective_rank": "effective rank"}
+
+
+def gap_table(results: Path) -> str:
+    """The headline columns of ``table1.csv``, main rows only, each with its 95 % interval."""
+    table = pd.read_csv(results / "table1.csv", dtype=str, keep_default_na=False)
+    rows = []
+    for _, row in table[table.space == "text"].iterrows():
+        cells = [f"`{row.system}`", row.uses_pairs or "–"]
+        for metric in HEADLINE:
+            digits = 1 if metric == "effective_rank" else 3
+            value, low, high = (float(row[metric + end]) if row[metric + end] else None for end in ("", "_ci_low", "_ci_high"))
+            cells.append("n/c" if value is None else f"{value:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"))
+        rows.append(cells)
+    n_items = table.n_items.iloc[0]
+    return f"Test, n = {n_items} clips, 95 % intervals over recordings, training seeds and noise seeds.\n\n" + markdown_table(
+        ["system", "pairs", *HEADLINE.values()], rows)
+
+
+def claims_table(results: Path) -> str:
+    """Each claim with its verdict and what it rests on."""
+    claims = pd.read_csv(results / "claims.csv", dtype=str, keep_default_na=False)
+    rows = []
+    for row in claims.itertuples():
+        ours = f"{row.ours} [{row.ci_low}, {row.ci_high}]" if row.ci_low else row.ours
+        rows.append([row.id, row.claim, row.paper_value, ours or "–", row.verdict.replace("_", " ")])
+    return markdown_table(["", "claim", "paper", "ours", "verdict"], rows)
+
+
+def encoder_table(results: Path) -> str:
+    """How well mini-CLAP hears the test scenes."""
+    table = pd.read_csv(results / "mini_clap.csv")
+    return markdown_table(["test scenes", "n", "R@1", "R@10", "R@10 by chance"],
+                          [[row[0], str(row[1]), *(f"{value:.3f}" for value in row[2:])] for row in table.itertuples(index=False, name=None)])
+
+
+def timing_table(results: Path) -> str:
+    """Seconds and peak memory of every stage."""
+    table = pd.read_csv(results / "timing.csv")
+    rows = [[str(row.stage), row.device, f"{row.wall_s:.0f}", f"{row.peak_memory_mb:.0f}"] for row in table.itertuples()]
+    rows.append(["total", "", f"{table.wall_s.sum():.0f}", f"{table.peak_memory_mb.max():.0f}"])
+    return markdown_table(["stage", "device", "seconds", "peak memory (MB)"], rows)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"gap": gap_table, "claims": claims_table, "encoder": encoder_table, "timing": timing_table}
+
+
+def render(readme: str, results: Path) -> str:
+    """``readme`` with the text between ``<!-- name:start -->`` and ``<!-- name:end -->`` made anew for every block.
+
+    Raises:
+        FileNotFoundError: a result file is missing.
+        ValueError: a marker is missing.
+    """
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name}:start[^>]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        if not pattern.search(readme):
+            raise ValueError(f"README.md lacks the markers <!-- {name}:start --> and <!-- {name}:end -->")
+        body = make(results).strip()
+        readme = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", readme)
+    return readme
+
+
+def write_readme() -> None:
+    """Bring README.md up to date with ``results/mini``."""
+    path = REPO / "README.md"
+    atomic_write(path, render(path.read_text(encoding="utf-8"), get_profile("mini").results_dir))
