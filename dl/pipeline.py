@@ -23,8 +23,8 @@ from pathlib import Path
 import dl
 from dl.config import REPO, Profile
 
-METRICS = "metrics.csv"               # shared: every stage keeps its own rows in it
-SEARCH = "{results}/search.csv"       # read by stage 06, which writes it anew when asked to tune again
+METRICS = "metrics.csv"      # shared: every stage keeps its own rows in it
+SEARCH = ("{results}/search.csv", "results/mini/search.csv")     # what was chosen on val; stage 06 writes it anew with --full
 
 
 class StageError(RuntimeError):
@@ -58,9 +58,9 @@ STAGES = (
     Stage("01", "01_hear_the_data.ipynb", reads=("{data}/**",), makes=("figures/01_*",)),
     Stage("02", "02_encode_audio_and_text.ipynb", reads=("{data}/**", "{encoder}"), makes=("cache/embeddings/*.safetensors", "figures/02_*")),
     Stage("03", "03_see_the_modality_gap.ipynb", after=("02",), makes=(METRICS, "figures/03_*")),
-    Stage("04", "04_build_the_bridge.ipynb", after=("02",), makes=("figures/04_*",)),
-    Stage("05", "05_cross_the_bridge.ipynb", after=("02", "04"), makes=(METRICS, "figures/05_*")),
-    Stage("06", "06_compare_bridges.ipynb", after=("02",), reads=("{data}/**", SEARCH, "results/mini/search.csv"),
+    Stage("04", "04_build_the_bridge.ipynb", after=("02",), reads=SEARCH, makes=("cache/fits/bridge-*", "figures/04_*")),
+    Stage("05", "05_cross_the_bridge.ipynb", after=("02", "04"), reads=SEARCH, makes=(METRICS, "checkpoints/bridge/*", "figures/05_*")),
+    Stage("06", "06_compare_bridges.ipynb", after=("02", "04"), reads=("{data}/**", *SEARCH),
           makes=(METRICS, "table1.csv", "table1.md", "claims.csv", "figures/06_*")),
     Stage("07", "07_caption_zero_shot.ipynb", after=("02", "04")),
     Stage("08", "08_caption_supervised.ipynb", after=("02", "04")),

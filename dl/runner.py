@@ -279,5 +279,5 @@ def list_stages(run: Run) -> None:
         reads = [pattern.format(data=run.name(run.profile.data_dir), encoder="encoder", results=run.name(run.results)).removesuffix("/**") for pattern in stage.reads]
         reads += [f"stage {number}" for number in stage.after]
         state = run.stamp(stage.number).get("finished", "not run" if run.source(stage).is_file() else "no notebook")
-        print(f"{stage.number:<3} {Path(stage.notebook).stem.split('_', 1)[-1]:<26} reads: {', '.join(reads) or '-':<32} "
+        print(f"{stage.number:<3} {Path(stage.notebook).stem.split('_', 1)[-1]:<26} reads: {', '.join(dict.fromkeys(reads)) or '-':<42} "
               f"makes: {', '.join(stage.makes) or '-'}  ({state}{'' if stage.default else '; only by --only'})")
