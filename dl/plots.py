@@ -210,27 +210,28 @@ LINES = (("#000000", "o", "-"), ("#CC79A7", "s", "--"), ("#56B4E9", "^", "-."), 
 
 
 @house_style
-def plot_planes(planes: dict[str, dict[str, np.ndarray]], axis_names: dict[str, tuple[str, str]], arrows: tuple[str, str] | None = None,
-                size: float = 7, equal: bool = True) -> Figure:
+def plot_planes(planes: dict[str, dict[str, np.ndarray]], axis_names: dict[str, tuple[str, str]], size: float = 7,
+                arrows: dict[str, tuple[np.ndarray, np.ndarray]] | None = None, without_centroids: tuple[str, ...] = ()) -> Figure:
     """Points seen in planes, a panel each, with the centroid of every role as a large marker.
 
     Args:
         planes: panel title -> role -> (n, 2).
         axis_names: panel title -> names of the two axes.
-        arrows: roles between whose i-th points an arrow is drawn ("audio", "bridged"), or None.
-        equal: the same scale on both axes.
+        size: of the points, in points squared.
+        arrows: panel title -> starts and ends, (m, 2) each, of the arrows in that panel; None draws none.
+        without_centroids: titles of panels in which a mean has no meaning (t-SNE).
     """
     figure, axes = panels(len(planes), height=2.7 if len(planes) < 4 else 2.1)
     for axis, (title, points) in zip(axes, planes.items(), strict=True):
         scatter_roles(axis, points, size=size)
-        if arrows and set(arrows) <= set(points):
-            start, end = (np.asarray(points[role]) for role in arrows)
-            axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color=GREY, width=0.003, headwidth=5, zorder=3)
-        for role, xy in points.items():
+        if title in (arrows or {}):
+            start, end = arrows[title]
+            axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#404040", width=0.003, headwidth=5, zorder=3)
+        for role, xy in points.items() if title not in without_centroids else ():
             axis.scatter(*np.mean(xy, 0), s=70, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
-        axis.set(title=title, xlabel=axis_names[title][0], ylabel=axis_names[title][1])
-        if equal:
-            axis.set_aspect("equal", adjustable="datalim")
+        repeated = axis is not axes[0] and len(set(axis_names.values())) == 1
+        axis.set(title=title, xlabel=axis_names[title][0], ylabel="" if repeated else axis_names[title][1])
+        axis.set_aspect("equal", adjustable="datalim")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=1.5)
     return figure
@@ -262,13 +263,13 @@ def plot_schedule(frame: pd.DataFrame) -> Figure:
     Args:
         frame: ``timestep``, ``panel`` ("schedule" or "scale"), ``curve`` (its name), ``value``.
     """
-    figure, axes = panels(2, height=2.4)
-    for axis, panel, name in zip(axes, ("schedule", "scale"), ("share of the signal's variance", "standard deviation of a coordinate"), strict=True):
+    figure, axes = panels(2, height=2.9)
+    for axis, panel, name in zip(axes, ("schedule", "scale"), ("signal's share of variance", "std. of a coordinate"), strict=True):
         chosen = frame[frame.panel == panel]
         for (colour, marker, line), (curve, rows) in zip(LINES, chosen.groupby("curve", sort=False), strict=False):
             axis.plot(rows.timestep, rows.value, color=colour, linestyle=line, marker=marker, markevery=100, label=curve)
         axis.set(xlabel="noise level k", ylabel=name, ylim=(0, 1.05))
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=1 if panel == "scale" else 2)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return figure
 
 
@@ -300,7 +301,7 @@ def plot_start_steps(frame: pd.DataFrame, raw: pd.DataFrame, chosen: int | None 
         chosen: the start step in use, marked by a vertical line.
     """
     metrics = [column for column in frame if column in METRIC_NAMES]
-    figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.7), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.7), layout="constrained")
     for axis, metric in zip(axes.flat, metrics, strict=False):
         for (colour, marker, line), (steps, rows) in zip(LINES, frame.groupby("num_inference_steps"), strict=False):
             axis.plot(rows.start_timestep, rows[metric], color=colour, marker=marker, linestyle=line, label=f"n = {steps}")
@@ -308,10 +309,7 @@ def plot_start_steps(frame: pd.DataFrame, raw: pd.DataFrame, chosen: int | None 
         if chosen is not None:
             axis.axvline(chosen, color=GREY, linewidth=0.8, zorder=0, label="in use")
         axis.set(ylabel=METRIC_NAMES[metric])
-    for axis in axes[1]:
-        axis.set_xlabel("start step k*")
-    axes[0, 2].tick_params(labelbottom=len(metrics) < 6)
-    axes[0, 2].set_xlabel("start step k*" if len(metrics) < 6 else "")
+    figure.supxlabel("start step k*", fontsize=8)
     for axis in axes.flat[len(metrics):]:
         axis.axis("off")
     axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center left")
@@ -329,10 +327,10 @@ def plot_paths(paths: dict[str, np.ndarray], text: np.ndarray) -> Figure:
     figure, axes = panels(len(paths), height=2.7, sharex=True, sharey=True)
     for axis, (title, path) in zip(axes, paths.items(), strict=True):
         axis.scatter(*text.T, s=6, color=COLOURS["text"], marker=MARKERS["text"], alpha=0.35, linewidth=0, label="text")
-        axis.plot(path[:, :, 0], path[:, :, 1], color=GREY, linewidth=0.7, marker=".", markersize=3, zorder=2)
+        axis.plot(path[:, :, 0], path[:, :, 1], color=GREY, linewidth=0.7, marker="." if len(path) <= 12 else None, markersize=3, zorder=2)
         for role, xy, label in (("audio", path[0], "noised audio"), ("bridged", path[-1], "answer")):
             axis.scatter(*xy.T, s=16, color=COLOURS[role], marker=MARKERS[role], linewidth=0, zorder=3, label=label)
-        axis.set(title=title, xlabel="coordinate 1", ylabel="coordinate 2" if axis is axes[0] else "", aspect="equal")
+        axis.set(title=title, xlabel="coordinate 1", ylabel="coordinate 2" if axis is axes[0] else "")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
