@@ -252,7 +252,7 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         path = Path(pretrained_model_name_or_path)
         is_hub_name = not path.is_dir() and not path.is_absolute() and len(path.parts) == 2
         if not is_hub_name and not (path / "model.safetensors").is_file():
-            raise FileNotFoundError(f"no bridge in {path}: run notebook 04, or ./run_all.sh --only 04")
+            raise FileNotFoundError(f"no bridge in {path}: run notebook 05, or ./run_all.sh --only 05")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod

@@ -67,10 +67,13 @@ def chosen(profile: Profile, system: str) -> Trial:
     return {}
 
 
-def fit_system(profile: Profile, system: str, train: Embeddings, seed: int = 0, progress: bool = False, **hyper_parameters) -> Peer:
+def fit_system(
+    profile: Profile, system: str, train: Embeddings, seed: int = 0, progress: bool = False, val: Embeddings | None = None, **hyper_parameters
+) -> Peer:
     """Fit a system, or read the same fit from the cache; ``hyper_parameters`` go over the chosen ones.
 
     Trained systems take ``profile.bridge.train_steps`` steps. Two systems that differ at a call only (one step, DDIM) share a fit.
+    With ``val`` the history of a new fit of the bridge holds its pair cosine on val.
     """
     hyper_parameters = {**chosen(profile, system), **hyper_parameters}
     if not REGISTRY[system].trained:
@@ -80,7 +83,8 @@ def fit_system(profile: Profile, system: str, train: Embeddings, seed: int = 0, 
     training = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
     key = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:12]
     path = profile.cache_dir / "fits" / f"{family}-{key}-{seed}.safetensors"
-    return peer.fit(train.audio, train.text, train.text_clip, seed=seed, checkpoint_path=path, progress=progress)
+    return peer.fit(train.audio, train.text, train.text_clip, seed=seed, checkpoint_path=path, progress=progress,
+                    val=None if val is None else (val.audio, val.first_text))
 
 
 def _base(profile: Profile, system: str) -> Trial:

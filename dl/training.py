@@ -247,7 +247,7 @@ def train_bridge(
         seed: of the initial weights and of the training.
         checkpoint_path, checkpoint_every, progress, callback: see ``fit``.
         val: paired rows (audio (v, D), text (v, D)); their pair cosine goes into the history (EMA weights, config's k* and n,
-            one fixed draw of noise).
+            one fixed draw of noise). It does not change the fit: one that is read from the cache brings the history it was made with.
 
     Returns:
         (bridge with the EMA weights in eval mode, history: step, loss, loss_cross, loss_self, loss_topology, val_pair_cosine).
@@ -275,7 +275,6 @@ def train_bridge(
     validate = None
     if val is not None:
         probe, val_text = copy.deepcopy(link), unit_rows(val[1], audio.shape[1], "val text")
-        identity["val"] = [list(val), [getattr(config, name) for name in INFERENCE_FIELDS]]
 
         def validate(network: nn.Module) -> float:
             probe.network = network

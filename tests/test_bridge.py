@@ -264,5 +264,5 @@ def test_loading_is_strict(bridge, tmp_path):
     (tmp_path / "bridge/config.json").write_text(json.dumps({**config, "num_blocks": 4}))
     with pytest.raises(RuntimeError, match="blocks.3"):
         DiffusionLink.from_pretrained(tmp_path / "bridge")
-    with pytest.raises(FileNotFoundError, match="run notebook 04"):
+    with pytest.raises(FileNotFoundError, match="run notebook 05"):
         DiffusionLink.from_pretrained(tmp_path / "nothing" / "here")
