@@ -2,15 +2,17 @@
 
 The package in reading order, each module importing only what stands above it:
 
-* ``config``     profiles smoke, mini and paper: sizes, paths, hyper-parameters
-* ``results``    files of results/<profile>/: atomic writing, metrics.csv, provenance
-* ``data``       clips and captions; ``scenes`` mixes those of data/mini from real recordings
-* ``encoder``    the frozen CLAP encoder and its embedding cache; ``mini_clap`` is the one shipped
-* ``scheduler``  noise schedule, ``add_noise``, DDIM step
-* ``bridge``     the network and Diffusion-Link itself; ``training`` its losses and training loop
-* ``peers``      the other systems of Table 1
-* ``metrics``    the modality gap, measured; ``plots`` one function per figure
-* ``pipeline``   stages and stamps; ``runner`` runs them; ``check`` looks at the environment
+* ``config``       profiles smoke, mini and paper: sizes, paths, hyper-parameters, each with its source
+* ``results``      files of results/<profile>/: atomic writing, metrics.csv, provenance
+* ``data``         clips and captions; ``scenes`` mixes those of data/mini from real recordings
+* ``encoder/``     the frozen CLAP encoder and its embedding cache
+* ``bridge/``      Diffusion-Link: noise schedule, network, losses, training loop
+* ``peers/``       the other systems of Table 1, closed forms and trained ones
+* ``metrics/``     the modality gap, measured, with intervals
+* ``report/``      tables, claims and their verdict rules
+* ``experiments``  what Table 1 runs: tuning on val, fits, scores on test
+* ``plots/``       one function per figure
+* ``pipeline/``    stages, stamps and ``python -m dl check``
 
 The public names below load their module when first used, so that ``import dl`` costs nothing.
 
@@ -30,12 +32,12 @@ EXPORTS = {                      # public name: the module that defines it
     "MetricsFile": "results",
     "Split": "data",
     "load_split": "data",
-    "ClapEncoder": "encoder",
-    "Embeddings": "encoder",
-    "load_embeddings": "encoder",
-    "DDIMScheduler": "scheduler",
-    "DiffusionLink": "bridge",
-    "train_bridge": "training",
+    "ClapEncoder": "encoder.clap",
+    "Embeddings": "encoder.clap",
+    "load_embeddings": "encoder.clap",
+    "DDIMScheduler": "bridge.scheduler",
+    "DiffusionLink": "bridge.network",
+    "train_bridge": "bridge.training",
 }
 __all__ = list(EXPORTS)
 

@@ -36,18 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do what it says; returns the exit code."""
     options = parser().parse_args(arguments)
     if options.command == "check":
-        from dl.check import check
+        from dl.pipeline.check import check
 
         return check(get_profile(options.profile), options.pins_only)
 
     if options.command == "readme":
-        from dl.readme import write_readme
+        from dl.report.readme import write_readme
 
         write_readme()
         return 0
 
-    from dl.pipeline import STAGES, Run
-    from dl.runner import list_stages, run_stages
+    from dl.pipeline.runner import list_stages, run_stages
+    from dl.pipeline.stages import STAGES, Run
 
     if options.seeds is not None and options.seeds < 1:
         print("run_all: --seeds takes a number of at least 1", file=sys.stderr)

@@ -15,7 +15,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """The network, its noise schedule and its training (``dl.bridge``, ``dl.training``)."""
+    """The network, its noise schedule and its training (``dl.bridge.network``, ``dl.bridge.training``)."""
 
     num_blocks: int = 3                    # [paper] three residual MLP blocks
     width_factor: int = 2                  # [SEED] hidden width W = 2 D

@@ -1,6 +1,6 @@
 """What Table 1 runs: hyper-parameters tuned on val with equal budgets, fits kept on disk, every system scored on test.
 
-Every trial is a row of ``search.csv``; the criterion is the same for all systems: the lowest RMG on val ([ours], ``dl.claims``).
+Every trial is a row of ``search.csv``; the criterion is the same for all systems: the lowest RMG on val ([ours], ``dl.report.claims``).
 A tuned system gets eight fits of ``train_steps`` steps (ridge: eight closed forms); the start step k* and the number of steps n
 act at a call only and are swept on the fits. Only the final fits, seeds 0, 1, 2, ever meet test.
 """
@@ -16,15 +16,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dl.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_system, text_floor
-from dl.bridge import INFERENCE_FIELDS
-from dl.claims import TUNING_METRIC, comparisons
+from dl.bridge.network import INFERENCE_FIELDS
 from dl.config import REPO, BridgeConfig, Profile
 from dl.data import Split, ids_sha256
-from dl.encoder import Embeddings
-from dl.metrics import gap_metrics
+from dl.encoder.clap import Embeddings
+from dl.metrics.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_system, text_floor
+from dl.metrics.gap import gap_metrics
 from dl.peers import REGISTRY, Peer, build
 from dl.peers.trained import DiffusionLinkPeer
+from dl.report.claims import TUNING_METRIC, comparisons
 from dl.results import git_sha, search_file
 
 Trial = dict[str, object]

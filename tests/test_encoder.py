@@ -10,12 +10,12 @@ import soundfile
 import torch
 from safetensors import safe_open
 
-from dl import encoder as module
 from dl.config import get_profile
 from dl.data import CAPTION_COLUMNS, AudioError, load_split
-from dl.encoder import CROP_SAMPLES, ClapEncoder, crop, embed_split, load_embeddings
-from dl.mini_clap import info_nce
-from dl.neighbours import retrieval
+from dl.encoder import clap as module
+from dl.encoder.clap import CROP_SAMPLES, ClapEncoder, crop, embed_split, load_embeddings
+from dl.encoder.mini_clap import info_nce
+from dl.metrics.neighbours import retrieval
 
 
 @pytest.fixture(scope="module")

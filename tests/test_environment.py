@@ -15,8 +15,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dl import check
 from dl.config import REPO, get_profile
+from dl.pipeline import check
 
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 PINS = PYPROJECT["project"]["dependencies"]
@@ -96,13 +96,13 @@ def test_public_names_lead_to_their_modules():
 
     for name, module in dl.EXPORTS.items():
         assert getattr(dl, name).__name__ == name
-        assert (REPO / "dl" / f"{module}.py").is_file() or (REPO / "dl" / module).is_dir()
+        assert (REPO / "dl" / f"{module.replace('.', '/')}.py").is_file()
     with pytest.raises(AttributeError, match="ClapEncoder"):
         dl.__getattr__("NoSuchName")
 
 
 def test_importing_dl_costs_nothing():
-    code = ("import sys, dl, dl.__main__, dl.pipeline, dl.runner, dl.check; "
+    code = ("import sys, dl, dl.__main__, dl.pipeline.stages, dl.pipeline.runner, dl.pipeline.check; "
             "print(sorted({'torch', 'transformers', 'papermill', 'pandas', 'numpy', 'nbformat'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
     assert done.stdout.strip() == "[]"

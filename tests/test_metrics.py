@@ -10,11 +10,11 @@ import torch
 from scipy.linalg import sqrtm
 from sklearn.metrics import roc_auc_score
 
-from dl import metrics
-from dl.bootstrap import make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
-from dl.encoder import Embeddings
-from dl.metrics import Reference, gap_metrics, median_bandwidth
-from dl.neighbours import ranking_scores, retrieval, top_k, weight_rows
+from dl.encoder.clap import Embeddings
+from dl.metrics import gap as metrics
+from dl.metrics.bootstrap import make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
+from dl.metrics.gap import Reference, gap_metrics, median_bandwidth
+from dl.metrics.neighbours import ranking_scores, retrieval, top_k, weight_rows
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dl import runner
 from dl.config import REPO, get_profile
-from dl.pipeline import STAGES, Run, Stage, StageError, module_closure, parameter_names
-from dl.runner import run_stages, seconds_text
+from dl.pipeline import runner
+from dl.pipeline.runner import run_stages, seconds_text
+from dl.pipeline.stages import STAGES, Run, Stage, StageError, module_closure, parameter_names
 
 SETUP = """
 import os, time
@@ -295,9 +295,11 @@ def test_imports_are_followed(tmp_path):
         return [path.relative_to(package).with_suffix("").as_posix() for path in module_closure(source, package)]
 
     assert names("import numpy") == []
-    assert names("from dl import ClapEncoder") == ["data", "encoder"]
+    assert names("from dl import load_split") == ["data"]
+    assert names("from dl.encoder import x") == ["data", "encoder"]
+    assert names("from dl.peers import closed") == ["bridge", "peers/closed"]
     assert names("%matplotlib inline\nfrom dl.plots import p") == ["data", "plots"]
-    assert names("def f():\n    import dl.encoder as e") == ["data", "encoder"]
+    assert names("def f():\n    import dl.encoder.clap as e") == ["data", "encoder"]
     peers = ["bridge", "peers/__init__", "peers/closed", "peers/trained"]
     assert names("from dl.peers import build") == peers
     assert names("from dl.peers.closed import y") == peers

@@ -16,11 +16,11 @@ import matplotlib.pyplot as plt
 
 from dl.config import get_profile
 from dl.data import Split, load_split
-from dl.listen import audio_player, thread_clip
 from dl.plots import (
     COLOURS,
     MARKERS,
     PAGE,
+    audio_player,
     envelope_frame,
     plot_alignment,
     plot_circles,
@@ -29,6 +29,7 @@ from dl.plots import (
     plot_scene,
     points_frame,
     save_figure,
+    thread_clip,
 )
 
 

@@ -6,9 +6,9 @@ import re
 import pandas as pd
 import pytest
 
-from dl.claims import VERDICT_RULES, judge
 from dl.config import REPO, get_profile
-from dl.readme import BLOCKS, render
+from dl.report.claims import VERDICT_RULES, judge
+from dl.report.readme import BLOCKS, render
 
 MINI = REPO / "results/mini"
 

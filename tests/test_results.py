@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dl import claims, results, tables
-from dl.bootstrap import make_draws, paired_difference, score_system
-from dl.claims import VERDICT_RULES, Part, combine, judge, verdict, write_claims
+from dl import results
 from dl.config import PROFILES, get_profile
-from dl.metrics import Reference, median_bandwidth
+from dl.metrics.bootstrap import make_draws, paired_difference, score_system
+from dl.metrics.gap import Reference, median_bandwidth
+from dl.report import claims, tables
+from dl.report.claims import VERDICT_RULES, Part, combine, judge, verdict, write_claims
 from dl.results import METRIC_COLUMNS, MetricsFile, RowFile, atomic_write, search_file, write_provenance
 
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dl import checkpoint
+from dl.bridge import checkpoint
+from dl.bridge.losses import TOPOLOGY_FORMS, bridge_losses, combined_losses, prediction_loss, topology_loss
+from dl.bridge.scheduler import DDIMScheduler
+from dl.bridge.training import EMA, PairSampler, fit, learning_rate, train_bridge
 from dl.config import BridgeConfig
-from dl.losses import TOPOLOGY_FORMS, bridge_losses, combined_losses, prediction_loss, topology_loss
-from dl.scheduler import DDIMScheduler
-from dl.training import EMA, PairSampler, fit, learning_rate, train_bridge
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = BridgeConfig(train_steps=30, batch_size=8)

@@ -1,6 +1,6 @@
 """Peers that take gradient steps: Diffusion-Link itself, its controls without noise, and the other diffusion methods.
 
-All use ``dl.bridge.BridgeNetwork`` and ``dl.training.fit``, so that the rows of Table 1 differ in method, not in network or
+All use ``dl.bridge.network.BridgeNetwork`` and ``dl.bridge.training.fit``, so that the rows of Table 1 differ in method, not in network or
 budget. Hyper-parameters are the fields of ``BridgeConfig`` as keyword arguments of ``__init__``; a class's ``defaults`` hold what
 its recipe changes. k*, n and add_noise act at a call only: ``set_inference`` changes them on a fitted peer without new training.
 """
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
-from dl.bridge import INFERENCE_FIELDS, BridgeNetwork, DiffusionLink, unit_rows
+from dl.bridge.losses import combined_losses
+from dl.bridge.network import INFERENCE_FIELDS, BridgeNetwork, DiffusionLink, unit_rows
+from dl.bridge.scheduler import DDIMScheduler, ddim_sample, standard_normal
+from dl.bridge.training import LossFn, PairSampler, fit, seeded, train_bridge
 from dl.config import BridgeConfig
-from dl.losses import combined_losses
 from dl.peers.base import Peer, centre, uncentre
-from dl.scheduler import DDIMScheduler, ddim_sample, standard_normal
-from dl.training import LossFn, PairSampler, fit, seeded, train_bridge
 
 
 class TrainedPeer(Peer):
@@ -35,7 +35,7 @@ class TrainedPeer(Peer):
     Attributes:
         config: the hyper-parameters in force.
         network: the fitted network, EMA weights.
-        history: the training history, one row for each of at most about 50 points (see ``dl.training.fit``).
+        history: the training history, one row for each of at most about 50 points (see ``dl.bridge.training.fit``).
 
     Raises:
         TypeError: a hyper-parameter that BridgeConfig does not have.
@@ -72,7 +72,7 @@ class TrainedPeer(Peer):
         Args:
             audio, text, text_clip: (n, D), (m, D), (m,), as for every peer.
             seed: training seed.
-            checkpoint_path: where the fit is kept and resumed from (see ``dl.training.fit``).
+            checkpoint_path: where the fit is kept and resumed from (see ``dl.bridge.training.fit``).
             progress: show a progress bar.
             context: ``val``, a pair of (v, D) tensors, for the bridge's history; else not used.
 
@@ -127,7 +127,7 @@ class TrainedPeer(Peer):
 
 
 class DiffusionLinkPeer(TrainedPeer):
-    """Diffusion-Link, method section by section in ``dl.bridge`` and ``dl.training``; one step unless told otherwise."""
+    """Diffusion-Link, method section by section in ``dl.bridge.network`` and ``dl.bridge.training``; one step unless told otherwise."""
 
     source = "Nam et al. 2025 (Diffusion-Link, arXiv 2510.11330), as far as it is known"
     link: DiffusionLink

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dl.bridge.scheduler import DDIMScheduler, standard_normal
 from dl.config import BridgeConfig
-from dl.scheduler import DDIMScheduler, standard_normal
 
 TOPOLOGY_FORMS = ("gram", "softmax_kl", "cross_gram", "distance")
 

@@ -1,6 +1,6 @@
 """Retrieval and topology (metric groups 8 and 9): who ranks first, who stays neighbour to whom, how many directions are used.
 
-The weighted means that all gap metrics share stand here too; ``dl.metrics`` explains the notation and collects the metrics.
+The weighted means that all gap metrics share stand here too; ``dl.metrics.gap`` explains the notation and collects the metrics.
 """
 from __future__ import annotations
 

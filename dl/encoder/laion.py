@@ -118,7 +118,7 @@ def read_checkpoint(path: Path, out_dir: Path, sha256: str, consent: bool) -> di
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         if not consent:
-            raise ValueError(f"{path} is a pickle that can run code: if you trust it, convert it once in Python: from dl.laion import "
+            raise ValueError(f"{path} is a pickle that can run code: if you trust it, convert it once in Python: from dl.encoder.laion import "
                              f"convert_laion_checkpoint; convert_laion_checkpoint({str(path)!r}, {str(out_dir)!r}, allow_pickle=True, "
                              f"sha256={sha256!r})") from None
         stored = torch.load(path, map_location="cpu", weights_only=False)

@@ -55,7 +55,7 @@ class ClapEncoder:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if str(name_or_path) == "mini":
             return cls(MiniClapBackend.from_pretrained(MINI_FOLDER, device))
-        from dl.clap_backends import HubClapBackend, LaionClapBackend
+        from dl.encoder.backends import HubClapBackend, LaionClapBackend
 
         path = Path(name_or_path)
         is_laion = path.suffix == ".pt" or (path / "laion_clap.json").is_file()
@@ -108,7 +108,7 @@ class MiniClapBackend:
 
     @classmethod
     def from_pretrained(cls, folder: Path, device: str) -> MiniClapBackend:
-        from dl.mini_clap import MiniClap
+        from dl.encoder.mini_clap import MiniClap
 
         weights = folder / "model.safetensors"
         if not weights.is_file():
@@ -118,7 +118,7 @@ class MiniClapBackend:
     @torch.inference_mode()
     def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
         """Clips of one length (after padding to half seconds) go through together, so a batch never changes a row's padding."""
-        from dl.mini_clap import prepare
+        from dl.encoder.mini_clap import prepare
 
         prepared = [prepare(waveform, SAMPLING_RATE) for waveform in waveforms]
         rows = torch.empty(len(prepared), self.embed_dim)

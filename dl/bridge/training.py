@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dl import bridge, checkpoint, losses, scheduler
-from dl.bridge import INFERENCE_FIELDS, DiffusionLink, unit_rows
+from dl.bridge import checkpoint, losses, scheduler
+from dl.bridge import network as bridge
+from dl.bridge.losses import bridge_losses
+from dl.bridge.network import INFERENCE_FIELDS, DiffusionLink, unit_rows
 from dl.config import BridgeConfig
-from dl.losses import bridge_losses
 
 CHECKPOINT_EVERY = 200  # steps between two checkpoints of a fit
 HISTORY_ROWS = 50  # rows of a training history, each the mean over the steps since the row before

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dl.data import SAMPLING_RATE, read_recording
-from dl.mini_clap import GRID_S, MiniClap, info_nce, prepare
+from dl.encoder.mini_clap import GRID_S, MiniClap, info_nce, prepare
 from dl.scenes import build_scenes, compose_captions, mix_scene
 
 FRESH_SCENES = 20_000

@@ -1,4 +1,4 @@
-"""The two LAION-CLAP doors of :class:`dl.encoder.ClapEncoder`: transformers' ``ClapModel`` and laion-clap's own files.
+"""The two LAION-CLAP doors of :class:`dl.encoder.clap.ClapEncoder`: transformers' ``ClapModel`` and laion-clap's own files.
 
 Both hold frozen weights [paper~], hear mono float32 at 48 kHz of at most 10 s, repeat shorter clips to fill 10 s ("repeatpad"
 [peer: LAION-CLAP]) and read at most 77 tokens of a caption [peer: LAION-CLAP]. laion-clap also rounds samples to 16 bits and
@@ -19,7 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dl.data import SAMPLING_RATE
-from dl.laion import SETTINGS_FILE, WEIGHTS_FILE, build_laion_clap, check_vocabulary, converted_folder, load_roberta_tokenizer, one_line
+from dl.encoder.laion import (
+    SETTINGS_FILE,
+    WEIGHTS_FILE,
+    build_laion_clap,
+    check_vocabulary,
+    converted_folder,
+    load_roberta_tokenizer,
+    one_line,
+)
 
 MAX_SAMPLES = 480_000                      # 10 s at 48 kHz [paper~]; beyond it both libraries crop at random
 MAX_TOKENS = 77                            # [peer: LAION-CLAP]

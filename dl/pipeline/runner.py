@@ -18,7 +18,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dl.pipeline import METRICS, Run, Stage, StageError, parameter_names
+from dl.pipeline.stages import METRICS, Run, Stage, StageError, parameter_names
 
 HEADLINE_SYSTEMS = ("raw", "ridge", "diffusion_bridge", "seed", "diffusion_link", "diffusion_link_ddim")
 HEADLINE_METRICS = ("pair_cosine", "centroid_gap", "recall_at_10", "effective_rank")
@@ -192,7 +192,7 @@ def plan(run: Run, stages: list[Stage], force: bool = False) -> dict[str, str | 
 
 
 def say(stage: Stage, reason: str | None) -> None:
-    """One line: ``RUN  05 cross_the_bridge: dl/bridge.py changed``."""
+    """One line: ``RUN  05 cross_the_bridge: dl/bridge/network.py changed``."""
     title = Path(stage.notebook).stem.split("_", 1)[-1]
     print(f"RUN  {stage.number} {title}: {reason}" if reason else f"SKIP {stage.number} {title}: up to date", flush=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dl.plots import COLOURS, COLUMN, GREY, PAGE, house_style, panels
+from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
 from dl.results import SYSTEMS
 
 TITLES = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dl.neighbours import (
+from dl.metrics.neighbours import (
     RETRIEVAL_METRICS,
     as_array,
     covariance,

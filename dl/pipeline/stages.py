@@ -103,7 +103,7 @@ def parameter_names(path: Path) -> list[str]:
 def imported_modules(source: str, package: Path, inside: str = "") -> set[Path]:
     """Files of the package that Python ``source`` imports, and those they import in turn.
 
-    ``from dl import ClapEncoder`` leads to the module that defines it, ``import dl`` to all, a module of a sub-package to the
+    ``from dl import ClapEncoder`` leads to the module that defines it, ``import dl`` to all, ``from dl.peers import build`` to the
     whole sub-package (a registry imports by name). ``dl/__init__.py``, which only points to the others, is left out.
 
     Args:
@@ -123,11 +123,18 @@ def imported_modules(source: str, package: Path, inside: str = "") -> set[Path]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(inside.split(".")[: len(inside.split(".")) - node.level + 1]) if node.level else ""
             origin = ".".join(part for part in (base, node.module) if part)
-            names.update(f"{origin}.{dl.EXPORTS.get(alias.name, alias.name)}" if origin == "dl" else origin for alias in node.names)
+            for alias in node.names:
+                name = f"{origin}.{dl.EXPORTS.get(alias.name, alias.name) if origin == 'dl' else alias.name}"
+                names.add(name if origin == "dl" or place(name, package).with_suffix(".py") in every else origin)
     if "dl" in names or "dl.*" in names:
         return every
-    tops = {package / name.split(".")[1] for name in names if name.startswith("dl.")}
-    return {path for path in every if path.with_suffix("") in tops or tops & set(path.parents)}
+    found = {place(name, package) for name in names if name.startswith("dl.")}
+    return {path for path in every if path.with_suffix("") in found or found & set(path.parents)}
+
+
+def place(name: str, package: Path) -> Path:
+    """Where ``dl.a.b`` stands below the folder of ``dl``, without a suffix: a module's file or a package's folder."""
+    return package.joinpath(*name.split(".")[1:])
 
 
 def module_closure(source: str, package: Path) -> list[Path]:

@@ -10,7 +10,7 @@ import math
 import pandas as pd
 
 from dl.config import Profile
-from dl.metrics import DIRECTION
+from dl.metrics.gap import DIRECTION
 from dl.results import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
 
 WATCHED = ("recall_at_10", "effective_rank")

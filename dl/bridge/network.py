@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from dl.bridge.scheduler import DDIMScheduler, ddim_sample, standard_normal
 from dl.config import BridgeConfig
 from dl.results import atomic_write
-from dl.scheduler import DDIMScheduler, ddim_sample, standard_normal
 
 NETWORK_FIELDS = ("num_blocks", "width_factor", "dropout")
 SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")

@@ -1,0 +1,1 @@
+"""The modality gap, measured: ``gap`` and ``neighbours`` hold the metrics, ``bootstrap`` their intervals."""

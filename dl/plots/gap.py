@@ -1,0 +1,140 @@
+"""Figures of notebooks 03-05: the gap, the noise schedule, training, start steps, the way across."""
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dl.plots.style import COLOURS, GREY, MARKERS, PAGE, house_style, panels, scatter_roles
+
+# --------------------------------------------------------------------------------- 03-05: the gap, the bridge, the way across
+METRIC_NAMES = {"pair_cosine": "pair cosine", "cosine_margin": "cosine margin", "centroid_gap": "centroid gap", "rmg": "RMG",
+                "recall_at_10": "R@10", "effective_rank": "effective rank"}
+LINES = (("#000000", "o", "-"), ("#CC79A7", "s", "--"), ("#56B4E9", "^", "-."), ("#D55E00", "D", ":"))   # for what has no role
+
+
+@house_style
+def plot_planes(planes: dict[str, dict[str, np.ndarray]], axis_names: dict[str, tuple[str, str]], size: float = 7,
+                arrows: dict[str, tuple[np.ndarray, np.ndarray]] | None = None, without_centroids: tuple[str, ...] = ()) -> Figure:
+    """Points seen in planes, a panel each, with the centroid of every role as a large marker.
+
+    Args:
+        planes: panel title -> role -> (n, 2).
+        axis_names: panel title -> names of the two axes.
+        size: of the points, in points squared.
+        arrows: panel title -> starts and ends, (m, 2) each, of the arrows in that panel; None draws none.
+        without_centroids: titles of panels in which a mean has no meaning (t-SNE).
+    """
+    figure, axes = panels(len(planes), height=2.7 if len(planes) < 4 else 2.1)
+    for axis, (title, points) in zip(axes, planes.items(), strict=True):
+        scatter_roles(axis, points, size=size)
+        if title in (arrows or {}):
+            start, end = arrows[title]
+            axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#404040", width=0.003, headwidth=5, zorder=3)
+        for role, xy in points.items() if title not in without_centroids else ():
+            axis.scatter(*np.mean(xy, 0), s=70, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
+        repeated = axis is not axes[0] and len(set(axis_names.values())) == 1
+        axis.set(title=title, xlabel=axis_names[title][0], ylabel="" if repeated else axis_names[title][1])
+        axis.set_aspect("equal", adjustable="datalim")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=1.5)
+    return figure
+
+
+@house_style
+def plot_maps(frame: pd.DataFrame) -> Figure:
+    """Some maps of the audio vectors, scored: a row each, a panel for each metric; a value that is absent is left out.
+
+    Args:
+        frame: ``map`` (its name), then one column for each metric.
+    """
+    metrics = [column for column in frame if column != "map"]
+    figure, axes = panels(len(metrics), height=0.28 * len(frame) + 0.7, sharey=True)
+    rows = np.arange(len(frame))[::-1]
+    for axis, metric in zip(axes, metrics, strict=True):
+        axis.hlines(rows, 0, frame[metric], color=GREY, linewidth=0.8)
+        axis.plot(frame[metric], rows, "o", color="black", clip_on=False)
+        axis.set(xlabel=METRIC_NAMES[metric], yticks=rows, yticklabels=frame["map"], ylim=(-0.6, len(frame) - 0.4))
+        axis.set_xlim(0, 1.15 * max(frame[metric].max(), 0.01))
+        axis.tick_params(axis="y", length=0)
+    return figure
+
+
+@house_style
+def plot_schedule(frame: pd.DataFrame) -> Figure:
+    """Left: abar of several schedules. Right: how large signal and noise are in one coordinate, with and without the scale.
+
+    Args:
+        frame: ``timestep``, ``panel`` ("schedule" or "scale"), ``curve`` (its name), ``value``.
+    """
+    figure, axes = panels(2, height=2.9)
+    for axis, panel, name in zip(axes, ("schedule", "scale"), ("signal's share of variance", "std. of a coordinate"), strict=True):
+        chosen = frame[frame.panel == panel]
+        for (colour, marker, line), (curve, rows) in zip(LINES, chosen.groupby("curve", sort=False), strict=False):
+            axis.plot(rows.timestep, rows.value, color=colour, linestyle=line, marker=marker, markevery=100, label=curve)
+        axis.set(xlabel="noise level k", ylabel=name, ylim=(0, 1.05))
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    return figure
+
+
+@house_style
+def plot_training(history: pd.DataFrame) -> Figure:
+    """The parts of the loss and the pair cosine on val against the training step; a line for each training seed.
+
+    Args:
+        history: of all seeds: ``seed``, ``step``, ``loss_cross``, ``loss_self``, ``loss_topology``, ``val_pair_cosine``.
+    """
+    names = {"loss_cross": "cross-sample loss", "loss_self": "self loss", "loss_topology": "topology loss", "val_pair_cosine": "pair cosine on val"}
+    figure, axes = panels(4, height=2.0)
+    for axis, (column, name) in zip(axes, names.items(), strict=True):
+        for (colour, marker, line), (seed, rows) in zip(LINES, history.groupby("seed"), strict=False):
+            rows = rows.dropna(subset=column)
+            axis.plot(rows.step, rows[column], color=colour, linestyle=line, marker=marker, markevery=max(1, len(rows) // 5), label=f"training seed {seed}")
+        axis.set(xlabel="training step", ylabel=name, xlim=(0, None))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+@house_style
+def plot_start_steps(frame: pd.DataFrame, raw: pd.DataFrame, chosen: int | None = None) -> Figure:
+    """The gap on val, with retrieval and effective rank, against the start step; a line for each number of steps.
+
+    Args:
+        frame: ``start_timestep``, ``num_inference_steps``, one column for each metric (mean over noise seeds).
+        raw: one row, the same metrics of the raw audio vectors (dotted line).
+        chosen: the start step in use, marked by a vertical line.
+    """
+    metrics = [column for column in frame if column in METRIC_NAMES]
+    figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.7), layout="constrained")
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        for (colour, marker, line), (steps, rows) in zip(LINES, frame.groupby("num_inference_steps"), strict=False):
+            axis.plot(rows.start_timestep, rows[metric], color=colour, marker=marker, linestyle=line, label=f"n = {steps}")
+        axis.axhline(raw[metric].iloc[0], color=COLOURS["audio"], linewidth=0.9, linestyle=":", label="raw audio")
+        if chosen is not None:
+            axis.axvline(chosen, color=GREY, linewidth=0.8, zorder=0, label="in use")
+        axis.set(ylabel=METRIC_NAMES[metric])
+    figure.supxlabel("start step k*", fontsize=8)
+    for axis in axes.flat[len(metrics):]:
+        axis.axis("off")
+    axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center left")
+    return figure
+
+
+@house_style
+def plot_paths(paths: dict[str, np.ndarray], text: np.ndarray) -> Figure:
+    """Samples on their way from the noised audio point to the answer, in the plane of a toy; a panel for each way of sampling.
+
+    Args:
+        paths: panel title -> (n + 1, m, 2), the trajectory of m samples.
+        text: (t, 2) the toy's text points, on the same scale.
+    """
+    figure, axes = panels(len(paths), height=2.7, sharex=True, sharey=True)
+    for axis, (title, path) in zip(axes, paths.items(), strict=True):
+        axis.scatter(*text.T, s=6, color=COLOURS["text"], marker=MARKERS["text"], alpha=0.35, linewidth=0, label="text")
+        axis.plot(path[:, :, 0], path[:, :, 1], color=GREY, linewidth=0.7, marker="." if len(path) <= 12 else None, markersize=3, zorder=2)
+        for role, xy, label in (("audio", path[0], "noised audio"), ("bridged", path[-1], "answer")):
+            axis.scatter(*xy.T, s=16, color=COLOURS[role], marker=MARKERS[role], linewidth=0, zorder=3, label=label)
+        axis.set(title=title, xlabel="coordinate 1", ylabel="coordinate 2" if axis is axes[0] else "")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure

@@ -1,0 +1,99 @@
+"""Figures: one function each, in one style; :func:`save_figure` writes them with the numbers behind them.
+
+Colours and markers belong to roles (Okabe-Ito, readable without colour): audio orange circles, text blue squares, bridged green
+triangles. A figure function takes arrays or a DataFrame, computes nothing that a result rests on, and returns a Figure 3.3 or
+6.9 inches wide (one column or the page), 8 pt. Sections follow the notebooks.
+"""
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dl.config import Profile
+from dl.results import atomic_write
+
+COLUMN, PAGE = 3.3, 6.9                                   # inches wide
+COLOURS = {"audio": "#E69F00", "text": "#0072B2", "bridged": "#009E73"}
+MARKERS = {"audio": "o", "text": "s", "bridged": "^"}
+GREY = "#8C8C8C"                                          # chance, baselines, what belongs to no role
+FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+STYLE = {
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
+    "font.family": "DejaVu Sans", "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
+    "lines.markersize": 4, "figure.dpi": 110, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+    "pdf.fonttype": 42, "svg.hashsalt": "diffusion-link",
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ style and files
+@contextmanager
+def style() -> Iterator[None]:
+    """The house's style inside a ``with``; the caller's settings come back after it (those of the notebook's backend are left alone)."""
+    ours = sns.axes_style("ticks") | STYLE
+    before = {key: plt.rcParams[key] for key in ours}
+    plt.rcParams.update(ours)
+    try:
+        yield
+    finally:
+        plt.rcParams.update(before)
+
+
+def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorator: run a figure function in the house's style."""
+    @wraps(function)
+    def styled(*args, **kwargs) -> Figure:
+        with style():
+            return function(*args, **kwargs)
+    return styled
+
+
+def save_figure(profile: Profile, figure: Figure, name: str, data: pd.DataFrame) -> Path:
+    """Write ``results/<profile>/figures/<name>.{pdf,svg,png}`` and the data behind the figure as ``<name>.csv``.
+
+    Every file is written whole or not at all; equal figures give equal bytes (no dates, fixed ids in the SVG).
+
+    Args:
+        name: file name without a suffix; begins with the notebook's number ("02_retrieval").
+        data: the numbers that the figure shows; floats keep 6 significant digits.
+
+    Returns:
+        The path of the PNG (200 dots an inch).
+    """
+    folder = profile.results_dir / "figures"
+    for suffix, metadata in FORMATS.items():
+        file = io.BytesIO()
+        with style():
+            figure.savefig(file, format=suffix, dpi=200, metadata=metadata)
+        atomic_write(folder / f"{name}.{suffix}", file.getvalue())
+    atomic_write(folder / f"{name}.csv", data.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return folder / f"{name}.png"
+
+
+def panels(n: int, width: float = PAGE, height: float = 2.2, **kwargs) -> tuple[Figure, list[Axes]]:
+    """A Figure of ``n`` axes side by side, ``width`` x ``height`` inches, laid out so that no text is cut."""
+    figure, axes = plt.subplots(1, n, figsize=(width, height), layout="constrained", squeeze=False, **kwargs)
+    return figure, list(axes[0])
+
+
+def scatter_roles(axis: Axes, points: dict[str, np.ndarray], links: tuple[str, str] | None = None, size: float = 16) -> None:
+    """Draw 2-D points in the colour and marker of their role.
+
+    Args:
+        points: role ("audio", "text", "bridged") -> (n, 2).
+        links: two roles whose i-th points are joined by a grey line (pairs), or None.
+    """
+    if links:
+        for start, end in zip(points[links[0]], points[links[1]], strict=True):
+            axis.plot(*np.stack([start, end], 1), color=GREY, linewidth=0.6, zorder=1)
+    for role, xy in points.items():
+        axis.scatter(*np.asarray(xy).T, s=size, color=COLOURS[role], marker=MARKERS[role], label=role, linewidth=0, zorder=2)
