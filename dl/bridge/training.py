@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dl.bridge import checkpoint, losses, scheduler
 from dl.bridge import network as bridge

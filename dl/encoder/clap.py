@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dl.config import REPO, Profile
 from dl.data import SAMPLING_RATE, AudioError, Split, check_waveform, ids_sha256

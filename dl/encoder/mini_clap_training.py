@@ -15,7 +15,7 @@ import soxr
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dl.data import SAMPLING_RATE, read_recording
 from dl.encoder.mini_clap import GRID_S, MiniClap, info_nce, prepare
