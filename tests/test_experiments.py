@@ -1,0 +1,68 @@
+"""Tuning and scoring: equal budgets, one criterion, fits shared where only the call differs."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from dl import experiments
+from dl.config import BridgeConfig, get_profile
+from dl.encoder.clap import Embeddings
+
+
+@pytest.fixture
+def profile(tmp_path):
+    return get_profile("smoke", results_root=tmp_path, bridge=BridgeConfig(train_steps=4, batch_size=8), noise_seeds=(0, 1))
+
+
+def embeddings(split: str, n: int = 30, dim: int = 8) -> Embeddings:
+    generator = torch.Generator().manual_seed(len(split))
+    clean = torch.randn(n, dim, generator=generator)
+    text = normalize(clean.repeat_interleave(2, 0) + 0.2 * torch.randn(2 * n, dim, generator=generator) + 0.5, dim=1)
+    audio = normalize(clean + 0.3 * torch.randn(n, dim, generator=generator) - 0.5, dim=1)
+    return Embeddings(split, [str(i) for i in range(n)], audio, text, torch.arange(n).repeat_interleave(2), [f"caption {i}" for i in range(2 * n)], [])
+
+
+def test_every_tuned_system_has_eight_fits():
+    assert {len(trials) for trials in experiments.FITS.values()} == {8}
+
+
+def test_a_search_marks_its_lowest_rmg_and_is_read_back(profile, monkeypatch):
+    monkeypatch.setitem(experiments.FITS, "ridge", experiments.grid(alpha=[1e-3, 1e3]))
+    best = experiments.search(profile, "ridge", embeddings("train"), embeddings("val"), progress=False)
+    rows = pd.read_csv(profile.results_dir / "search.csv")
+    rmg = rows[rows.metric == "rmg"].set_index("trial").value
+    assert set(rows.split) == {"val"} and rows[rows.chosen == 1].trial.unique().tolist() == [rmg.idxmin()]
+    assert experiments.chosen(profile, "ridge") == best
+
+
+def test_what_was_not_tuned_has_no_choice(profile):
+    assert experiments.chosen(profile, "mean_shift") == {}
+
+
+def test_one_step_and_ddim_share_a_fit(profile):
+    train, shared = embeddings("train"), {"topology_weight": 0.5, "learning_rate": 1e-3}
+    one = experiments.fit_system(profile, "diffusion_link", train, **shared)
+    files = list((profile.cache_dir / "fits").glob("*.safetensors"))
+    ddim = experiments.fit_system(profile, "diffusion_link_ddim", train, **shared)
+    assert len(files) == 1 and list((profile.cache_dir / "fits").glob("*.safetensors")) == files
+    for a, b in zip(one.network.parameters(), ddim.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_budget_is_the_profiles_whatever_the_recipe_says(profile):
+    longer = replace(profile, bridge=replace(profile.bridge, train_steps=6))
+    for system in ("diffusion_bridge", "seed", "diffusion_link"):
+        assert experiments.fit_system(longer, system, embeddings("train")).config.train_steps == 6
+
+
+def test_only_stochastic_systems_have_noise_seeds(profile):
+    train, val = embeddings("train"), embeddings("val")
+    ridge = experiments.fit_system(profile, "ridge", train)
+    link = experiments.fit_system(profile, "diffusion_link", train, start_timestep=100)
+    assert len(experiments.map_runs(ridge, val.audio, 0, (0, 1))) == 1
+    (_, _, first), (_, _, second) = experiments.map_runs(link, val.audio, 0, (0, 1))
+    assert not torch.equal(first, second)
