@@ -147,7 +147,7 @@ def results_folder(profile: Profile) -> str:
     place = next(path for path in [profile.results_dir, *profile.results_dir.parents] if path.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
-            return str(profile.results_dir)
+            return str(profile.results_dir.relative_to(REPO) if profile.results_dir.is_relative_to(REPO) else profile.results_dir)
     except OSError as error:
         raise Missing(f"write access to {profile.results_dir} ({error.strerror}): change its owner, or set DL_RESULTS to another folder") from None
 
