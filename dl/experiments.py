@@ -2,7 +2,7 @@
 
 Every trial is a row of ``search.csv``; the criterion is the same for all systems: the lowest RMG on val ([ours], ``dl.report.claims``).
 A tuned system gets eight fits of ``train_steps`` steps (ridge: eight closed forms); the start step k* and the number of steps n
-act at a call only and are swept on the fits. Only the final fits, seeds 0, 1, 2, ever meet test.
+act at a call only and are swept on the fits. DDIM is called on the fit that was chosen for one step. Only the final fits, seeds 0, 1, 2, ever meet test.
 """
 from __future__ import annotations
 
@@ -37,13 +37,12 @@ def grid(**choices) -> list[Trial]:
 
 START_STEPS = (0, 25, 50, 100, 200, 300, 400, 500, 600)      # k*
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-FITS: dict[str, list[Trial]] = {                              # eight a system
+FITS: dict[str, list[Trial]] = {                              # eight a system; DDIM takes diffusion_link's
     "ridge": grid(alpha=[1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]),
     "seed": grid(learning_rate=LEARNING_RATES, dropout=[0.0, 0.1]),
     "diffusion_link": grid(topology_weight=[0.0, 0.1, 1.0, 10.0], learning_rate=[5e-4, 1e-3]),
     "diffusion_bridge": grid(learning_rate=[8e-5, 2.5e-4, 5e-4, 1e-3], batch_size=[64, 256]),
 }
-FITS["diffusion_link_ddim"] = FITS["diffusion_link"]          # the same networks
 INFERENCE: dict[str, list[Trial]] = {                         # swept on every fit
     "diffusion_link": grid(start_timestep=START_STEPS, num_inference_steps=[1]),
     "diffusion_link_ddim": [trial for trial in grid(start_timestep=START_STEPS, num_inference_steps=[5, 10])
@@ -98,6 +97,13 @@ def map_runs(peer: Peer, audio: Tensor, seed: int, noise_seeds: tuple[int, ...],
     return [(seed, noise_seed, peer(audio, noise_seed=noise_seed, space=space)) for noise_seed in (noise_seeds if peer.stochastic else (0,))]
 
 
+def fits_to_try(profile: Profile, system: str) -> list[Trial]:
+    """The fits of a search; DDIM is another way to call the networks of ``diffusion_link``, so it takes that system's chosen fit."""
+    if system != "diffusion_link_ddim":
+        return FITS[system]
+    return [{name: value for name, value in chosen(profile, "diffusion_link").items() if name not in INFERENCE_FIELDS}]
+
+
 def sweep(peer: Peer, val: Embeddings, trials: list[Trial], noise_seeds: tuple[int, ...]) -> list[dict[str, float]]:
     """Score a fitted peer on val for each way of calling it: the mean of the watched metrics over noise seeds."""
     reference = make_reference(val)
@@ -114,7 +120,7 @@ def search(profile: Profile, system: str, train: Embeddings, val: Embeddings, pr
     """Tune one system on val with training seed 0, write every trial to ``search.csv``, and return the chosen one."""
     file = search_file(profile)
     number, rows, best = 0, [], (float("inf"), {})
-    for fit_trial in FITS[system]:
+    for fit_trial in fits_to_try(profile, system):
         started = time.perf_counter()
         call_trials = INFERENCE.get(system, [{}])
         peer = fit_system(profile, system, train, seed=0, progress=progress, **fit_trial)
