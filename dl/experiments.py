@@ -178,7 +178,7 @@ def score_table(
             runs = [run for seed, peer in zip(seeds, peers, strict=True)
                     for run in map_runs(peer, test.audio, seed, profile.noise_seeds, space)]
             for name, mask in subsets.items() if space == "text" else [("test", None)]:
-                scored = score_system(system, runs, space_reference, draws, mask)
+                scored = score_system(system, runs, space_reference, draws, mask, **({} if mask is None else {"heavy_samples": 0}))
                 rows += scored.rows(**shared, split=name, space=space)
                 if name == "test":
                     scores[system, space] = scored
