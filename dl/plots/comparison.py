@@ -8,7 +8,7 @@ from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
 from dl.results import SYSTEMS
 
 TITLES = {
-    "pair_cosine": "pair cosine", "centroid_gap": "centroid gap", "rmg": "relative modality gap", "recall_at_10": "R@10, audio to text",
+    "pair_cosine": "pair cosine", "centroid_gap": "centroid gap", "rmg": "RMG", "recall_at_10": "R@10",
     "effective_rank": "effective rank",
 }
 SYSTEM_MARKERS = {"raw": "o", "text_floor": "s", "diffusion_link": "D", "diffusion_link_ddim": "d"}
