@@ -34,9 +34,12 @@ def claims_table(results: Path) -> str:
     claims = pd.read_csv(results / "claims.csv", dtype=str, keep_default_na=False)
     rows = []
     for row in claims.itertuples():
-        ours = f"{row.ours} [{row.ci_low}, {row.ci_high}]" if row.ci_low else row.ours
-        rows.append([row.id, row.claim, row.paper_value, ours or "–", row.verdict.replace("_", " ")])
-    return markdown_table(["", "claim", "paper", "ours", "verdict"], rows)
+        ours = "–"
+        if row.ours:
+            system, metric = (re.search(rf"{key}=([^,]+)", row.evidence)[1] for key in ("system", "metric"))
+            ours = f"{metric}, {system}: {float(row.ours):+.3f}" + (f" [{float(row.ci_low):+.3f}, {float(row.ci_high):+.3f}]" if row.ci_low else "")
+        rows.append([row.id, row.claim, row.paper_value, ours, row.verdict.replace("_", " ")])
+    return markdown_table(["", "claim", "paper", "ours", "verdict"], rows, left=5)
 
 
 def encoder_table(results: Path) -> str:
@@ -48,8 +51,8 @@ def encoder_table(results: Path) -> str:
 
 def timing_table(results: Path) -> str:
     """Seconds and peak memory of every stage."""
-    table = pd.read_csv(results / "timing.csv")
-    rows = [[str(row.stage), row.device, f"{row.wall_s:.0f}", f"{row.peak_memory_mb:.0f}"] for row in table.itertuples()]
+    table = pd.read_csv(results / "timing.csv", dtype={"stage": str})
+    rows = [[row.stage, row.device, f"{row.wall_s:.0f}", f"{row.peak_memory_mb:.0f}"] for row in table.itertuples()]
     rows.append(["total", "", f"{table.wall_s.sum():.0f}", f"{table.peak_memory_mb.max():.0f}"])
     return markdown_table(["stage", "device", "seconds", "peak memory (MB)"], rows)
 
