@@ -20,7 +20,7 @@ from dl.bridge.network import INFERENCE_FIELDS
 from dl.config import REPO, BridgeConfig, Profile
 from dl.data import Split, ids_sha256
 from dl.encoder.clap import Embeddings
-from dl.metrics.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_system, text_floor
+from dl.metrics.bootstrap import HEAVY_SAMPLES, SystemScores, make_draws, make_reference, paired_difference, score_system, text_floor
 from dl.metrics.gap import gap_metrics
 from dl.peers import REGISTRY, Peer, build
 from dl.peers.trained import DiffusionLinkPeer
@@ -178,7 +178,7 @@ def score_table(
             runs = [run for seed, peer in zip(seeds, peers, strict=True)
                     for run in map_runs(peer, test.audio, seed, profile.noise_seeds, space)]
             for name, mask in subsets.items() if space == "text" else [("test", None)]:
-                scored = score_system(system, runs, space_reference, draws, mask, **({} if mask is None else {"heavy_samples": 0}))
+                scored = score_system(system, runs, space_reference, draws, mask, HEAVY_SAMPLES if mask is None else 0)
                 rows += scored.rows(**shared, split=name, space=space)
                 if name == "test":
                     scores[system, space] = scored
