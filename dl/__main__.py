@@ -1,4 +1,4 @@
-"""``python -m dl check``, ``python -m dl run`` (what ``./run_all.sh`` calls) and ``python -m dl readme``."""
+"""``python -m dl check``, ``python -m dl caption``, ``python -m dl run`` (what ``./run_all.sh`` calls) and ``python -m dl readme``."""
 from __future__ import annotations
 
 import argparse
@@ -10,11 +10,17 @@ from dl.config import PROFILES, get_profile
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m dl", description="Diffusion-Link, replicated.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{check,run,readme}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,run,readme}")
 
     check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
     check.add_argument("--profile", choices=PROFILES, default="mini")
     check.add_argument("--pins-only", action="store_true", help="only compare the installed versions with pyproject.toml")
+
+    caption = commands.add_parser("caption", help="captions of your own sound files, one for each 10 s")
+    caption.add_argument("files", nargs="+", metavar="FILE", help="any file that soundfile reads, of any length, rate and number of channels")
+    caption.add_argument("--no-bridge", action="store_true", help="feed the raw audio vectors to the captioner, to hear what the bridge does")
+    caption.add_argument("--json", action="store_true", help="one JSON list: file, start_s, end_s, caption; file, error")
+    caption.add_argument("--profile", choices=PROFILES, default="mini", help="whose checkpoints are used")
 
     run = commands.add_parser("run", prog="./run_all.sh", help="run the notebooks that are not up to date",
                               description="Run every notebook that is not up to date. Also: ./run_all.sh test [--slow] runs the tests, "
@@ -39,6 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         from dl.pipeline.check import check
 
         return check(get_profile(options.profile), options.pins_only)
+
+    if options.command == "caption":
+        from dl.captioner.files import caption_files
+
+        return caption_files(options.files, get_profile(options.profile), not options.no_bridge, options.json)
 
     if options.command == "readme":
         from dl.report.readme import write_readme

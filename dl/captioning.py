@@ -1,0 +1,261 @@
+"""What Table 2 runs: caption decoders fitted once and kept, every system's vectors put into words, the words scored on test.
+
+Two settings, the same language model, prompt and decoding in every row:
+
+* zero-shot: one decoder is trained on text vectors -> their captions and never hears a sound; at test it is fed with audio
+  vectors, raw or mapped. The mapping is trained on pairs (paper~), the decoder is not: this is *not* the text-only zero-shot of
+  DRCap or WSAC. ``disjoint_halves`` serves a strict row, in which mapping and decoder share no recording. [ours]
+* supervised: a decoder is trained on the audio vectors themselves, raw, or mapped by a frozen mapping.
+
+Fits lie in ``<cache>/captioners``, captions in ``<cache>/captions``, both named by a hash of everything that determines them, so that
+a run killed anywhere repeats no finished fit and no finished row.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dl.bridge.checkpoint import fingerprint
+from dl.bridge.training import seeded
+from dl.captioner.captioner import LLMCaptioner
+from dl.captioner.training import SOURCES, train_captioner
+from dl.config import Profile
+from dl.data import Split
+from dl.encoder.clap import Embeddings
+from dl.experiments import chosen, fit_system
+from dl.peers import REGISTRY, build, centre
+from dl.results import atomic_write
+
+NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed
+VAL_CLIPS = 128       # clips whose first caption makes the decoder's loss on val [ours]
+TEXT_DECODERS = {     # decoders that are trained on text vectors alone: name -> what is done to the vectors
+    "text": "the text vectors as they are",
+    "text_noised": "norm(t + N(0, v I)), v as in Table 1's capdec [peer: CapDec]",
+    "text_centred": "norm(centred t + N(0, v I)), v as in Table 1's c3 [peer: C3]",
+    "text_bridged": "centred t through the text-only diffusion chain from k = 400 [peer: Diffusion Bridge]",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of Table 2: the vectors of ``system``, read in ``space``, go into ``decoder``.
+
+    Attributes:
+        system: a name of ``dl.peers.REGISTRY``, or text_ceiling (the vector of the clip's first reference).
+        decoder: a name of ``TEXT_DECODERS``, or the system whose vectors of the training sounds trained it.
+        space: text, or centred for a method whose own decoder lives in the centred text space.
+    """
+
+    system: str
+    decoder: str = "text"
+    space: str = "text"
+
+
+ZERO_SHOT = tuple(Row(system) for system in ("raw", "ridge", "diffusion_bridge", "diffusion_link", "text_ceiling"))
+SUPERVISED = (Row("raw", "raw"), Row("diffusion_link", "diffusion_link"))
+OWN_DECODERS = (Row("capdec", "text_noised"), Row("c3", "text_centred", "centred"), Row("diffusion_bridge", "text_bridged", "centred"))
+
+
+def zero_shot_rows(profile: Profile, full: bool = False) -> tuple[Row, ...]:
+    """The rows of the zero-shot setting.
+
+    Args:
+        full: every mapping that has a closed form or was tuned on val (an untuned one would be compared unfairly), and the methods
+            with decoders of their own. ``capdec`` with the common decoder would be ``raw`` once more and is left out.
+    """
+    if not full:
+        return ZERO_SHOT
+    tuned = [name for name, peer in REGISTRY.items() if name not in ("capdec", "text_to_audio")
+             and (not getattr(peer, "trained", False) or chosen(profile, name))]
+    return (*(Row(name) for name in tuned), *OWN_DECODERS, Row("text_ceiling"))
+
+
+def supervised_rows(full: bool = False) -> tuple[Row, ...]:
+    """The rows of the supervised setting; ``full`` adds ridge, the control."""
+    return (*SUPERVISED, Row("ridge", "ridge")) if full else SUPERVISED
+
+
+# -------------------------------------------------------------------------------------------------------------- vectors
+def caption_pairs(embeddings: Embeddings, split: Split | None = None) -> tuple[Tensor, list[str]]:
+    """Text vectors and their captions, one row a caption.
+
+    Args:
+        embeddings: of any split.
+        split: the data they were made from; where given, the captions are compared with it.
+
+    Returns:
+        (text vectors (N, D), N captions), row by row.
+
+    Raises:
+        ValueError: the embeddings hold other captions than the split.
+    """
+    if split is not None:
+        place = {clip_id: i for i, clip_id in enumerate(split.clip_ids)}
+        expected = [caption for clip_id in embeddings.clip_ids for caption in split.captions[place[clip_id]]]
+        if expected != embeddings.captions:
+            raise ValueError(f"the embeddings of split '{embeddings.split}' hold other captions than {embeddings.split}.csv: run notebook 02 again")
+    return embeddings.text, embeddings.captions
+
+
+def system_vectors(profile: Profile, row: Row, train: Embeddings, embeddings: Embeddings, seed: int) -> Tensor:
+    """The vectors that a row feeds to its decoder, one a clip: (n, D) float32, unit norm."""
+    if row.system == "text_ceiling":
+        return embeddings.first_text
+    peer = fit_system(profile, row.system, train, seed if REGISTRY[row.system].trained else 0)
+    return peer(embeddings.audio, noise_seed=NOISE_SEED, space=row.space)
+
+
+def decoder_pairs(profile: Profile, decoder: str, train: Embeddings, seed: int, of: Embeddings | None = None) -> tuple[Tensor, list[str]]:
+    """What trains a decoder: vectors and captions, one row a caption.
+
+    Args:
+        decoder: see :class:`Row`. A sound's vector is paired with each of its captions.
+        train: the training split, on which mappings are fitted.
+        seed: of the mapping, and of the noise of ``text_noised`` and ``text_centred`` (one draw a caption).
+        of: the split whose pairs are wanted; None takes ``train``.
+
+    Returns:
+        (vectors (N, D) float32, unit norm; N captions).
+
+    Raises:
+        ValueError: no decoder or system has that name.
+    """
+    of = train if of is None else of
+    text, captions = caption_pairs(of)
+    noise = torch.randn(text.shape, generator=torch.Generator().manual_seed(seed))
+    if decoder == "text":
+        return text, captions
+    if decoder == "text_noised":
+        return normalize(text + build("capdec", **chosen(profile, "capdec")).decoder_noise_variance ** 0.5 * noise, dim=1), captions
+    if decoder == "text_centred":
+        peer = fit_system(profile, "c3", train)
+        return normalize(centre(text, peer.text_mean) + peer.decoder_noise_variance ** 0.5 * noise, dim=1), captions
+    if decoder == "text_bridged":
+        return fit_system(profile, "diffusion_bridge", train, seed).map_text(text), captions
+    if decoder not in REGISTRY:
+        raise ValueError(f"unknown decoder {decoder!r}: choose one of {', '.join([*TEXT_DECODERS, *REGISTRY])}")
+    return system_vectors(profile, Row(decoder), train, of, seed)[of.text_clip], captions
+
+
+def disjoint_halves(embeddings: Embeddings, split: Split, seed: int = 0) -> tuple[Embeddings, Embeddings]:
+    """Two parts of a split's clips that share no recording; a clip that mixes recordings of both parts is in neither.
+
+    Args:
+        split: the data the embeddings were made from.
+        seed: of the draw that deals the recordings out.
+    """
+    place = {clip_id: i for i, clip_id in enumerate(split.clip_ids)}
+    clusters = [set(split.clusters[place[clip_id]]) for clip_id in embeddings.clip_ids]
+    names = sorted(set().union(*clusters))
+    first = {names[i] for i in np.random.default_rng(seed).permutation(len(names))[: len(names) // 2]}
+    return (select_clips(embeddings, [i for i, members in enumerate(clusters) if members <= first]),
+            select_clips(embeddings, [i for i, members in enumerate(clusters) if not members & first]))
+
+
+def select_clips(embeddings: Embeddings, clips: list[int]) -> Embeddings:
+    """Some clips of a split with their captions, in the order of ``clips`` (places, from 0, ascending)."""
+    new = torch.full((len(embeddings.clip_ids),), -1)
+    new[clips] = torch.arange(len(clips))
+    rows = (new[embeddings.text_clip] >= 0).nonzero().squeeze(1)
+    return replace(embeddings, clip_ids=[embeddings.clip_ids[i] for i in clips], audio=embeddings.audio[clips], text=embeddings.text[rows],
+                   text_clip=new[embeddings.text_clip[rows]], captions=[embeddings.captions[i] for i in rows.tolist()])
+
+
+# ------------------------------------------------------------------------------------------------------------ fits, captions
+@dataclass(frozen=True)
+class DecoderFit:
+    """A decoder's training data and where its fit is kept; ``load`` trains it, or reads it if that was done before."""
+
+    profile: Profile
+    name: str
+    seed: int
+    vectors: Tensor
+    captions: list[str]
+    val: tuple[Tensor, list[str]]
+
+    @property
+    def key(self) -> str:
+        """Twelve hex digits of the hash of what determines the fit: settings, pairs, seed, code."""
+        config = {k: v for k, v in asdict(self.profile.captioner).items() if k not in ("num_beams", "max_new_tokens")}
+        parts = fingerprint(config=config, seed=self.seed, pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def path(self) -> Path:
+        """The fit's checkpoint."""
+        return self.profile.cache_dir / "captioners" / f"{self.name}-{self.seed}-{self.key}.safetensors"
+
+    def load(self, progress: bool = False) -> LLMCaptioner:
+        """The fitted captioner in eval mode, its history (step, loss, val_loss, lr) as the attribute ``history``."""
+        with seeded(self.seed, torch.device("cpu")):
+            captioner = LLMCaptioner(self.vectors.shape[1], self.profile.captioner)
+        captioner.history = train_captioner(captioner, self.vectors, self.captions, seed=self.seed, checkpoint_path=self.path,
+                                            val=self.val, progress=progress)
+        return captioner.eval()
+
+
+def decoder_fit(profile: Profile, train_on: str, seed: int, train: Embeddings, val: Embeddings) -> DecoderFit:
+    """The fit of the decoder called ``train_on``; nothing is trained yet. Its loss on val: the first captions of the first clips."""
+    vectors, captions = decoder_pairs(profile, train_on, train, seed)
+    part = select_clips(val, list(range(min(VAL_CLIPS, len(val.clip_ids)))))
+    val_vectors, val_captions = decoder_pairs(profile, train_on, train, seed, part)
+    counts = torch.bincount(part.text_clip)
+    first = counts.cumsum(0) - counts
+    return DecoderFit(profile, train_on, seed, vectors, captions, (val_vectors[first], [val_captions[i] for i in first.tolist()]))
+
+
+def fit_captioner(profile: Profile, train_on: str, seed: int, train: Embeddings, val: Embeddings, progress: bool = False) -> LLMCaptioner:
+    """A decoder trained on ``train_on``: read from the cache, gone on with where it was interrupted, or trained.
+
+    Args:
+        train_on: "text", another of ``TEXT_DECODERS``, "raw", or the name of a mapping.
+        seed: of the projector, the adapter, the order of the batches, and of the mapping.
+        train, val: the splits; val only watches.
+
+    Example:
+        >>> fit_captioner(profile, "text", 0, train, val).generate(test.first_text[:2])
+    """
+    return decoder_fit(profile, train_on, seed, train, val).load(progress)
+
+
+def decoding_name(num_beams: int) -> str:
+    """How metrics.csv calls it: greedy, beam4."""
+    return "greedy" if num_beams == 1 else f"beam{num_beams}"
+
+
+def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embeddings, val: Embeddings, test: Embeddings, *,
+                 num_beams: int | None = None, vectors_of: Callable[[Row], Tensor] | None = None, progress: bool = False) -> dict[Row, list[str]]:
+    """The captions of the test clips for every row, one training seed; what the cache holds is not generated again.
+
+    Args:
+        rows: rows with one decoder follow each other or not, it is loaded once.
+        num_beams: None takes the profile's; 1 is greedy.
+        vectors_of: row -> (n, D), where the vectors are not those of :func:`system_vectors`.
+
+    Returns:
+        row -> n captions.
+    """
+    rows, found = list(rows), {}
+    beams = profile.captioner.num_beams if num_beams is None else num_beams
+    for decoder in dict.fromkeys(row.decoder for row in rows):
+        fit, captioner = decoder_fit(profile, decoder, seed, train, val), None
+        for row in (row for row in rows if row.decoder == decoder):
+            vectors = vectors_of(row) if vectors_of else system_vectors(profile, row, train, test, seed)
+            parts = fingerprint(fit=fit.key, vectors=vectors, decoding=[beams, profile.captioner.max_new_tokens])
+            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+            path = profile.cache_dir / "captions" / f"{decoder}-{row.system}-{row.space}-{seed}-{decoding_name(beams)}-{key}.json"
+            if not path.is_file():
+                captioner = captioner or fit.load(progress)
+                texts = captioner.generate(vectors, num_beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
+                atomic_write(path, json.dumps(texts, indent=0))
+            found[row] = json.loads(path.read_text(encoding="utf-8"))
+    return {row: found[row] for row in rows}

@@ -1,0 +1,111 @@
+"""Figures of notebooks 07 and 08: a decoder's training, caption scores by system, who gains and who loses from the bridge."""
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dl.plots.comparison import SYSTEM_MARKERS, system_colour
+from dl.plots.gap import LINES
+from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
+from dl.results import SYSTEMS
+
+CAPTION_TITLES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr",
+                  "sbert_sim": "SBERT similarity"}
+MARKS = SYSTEM_MARKERS | {"text_ceiling": "s"}
+
+
+@house_style
+def plot_losses(histories: dict[str, pd.DataFrame]) -> tuple[Figure, pd.DataFrame]:
+    """Loss curves of caption decoders: training left, val right.
+
+    Args:
+        histories: decoder's name -> ``step``, ``loss``, ``val_loss`` (NaN where it was not measured), nats a token.
+
+    Returns:
+        The figure, and the data behind it.
+    """
+    figure, axes = panels(2, height=2.1, sharey=True)
+    for (name, history), (colour, marker, line) in zip(histories.items(), LINES * len(histories), strict=False):
+        axes[0].plot(history.step, history.loss, color=colour, linestyle=line, label=name)
+        seen = history.dropna(subset="val_loss")
+        axes[1].plot(seen.step, seen.val_loss, color=colour, linestyle=line, marker=marker, label=name)
+    axes[0].set(title="training", xlabel="step", ylabel="loss (nats a token)")
+    axes[1].set(title="val", xlabel="step")
+    axes[0].legend(title="decoder trained on", loc="upper right")
+    return figure, pd.concat([history.assign(decoder=name) for name, history in histories.items()], ignore_index=True)
+
+
+@house_style
+def plot_caption_scores(frame: pd.DataFrame, experiment: str, metrics: list[str], split: str = "test", decoding: str | None = None
+                        ) -> tuple[Figure, pd.DataFrame]:
+    """Dot plot of caption metrics: a panel for each metric, a line for each system and space, bars are 95 % intervals.
+
+    Args:
+        frame: rows of ``metrics.csv``.
+        experiment: zero_shot or supervised.
+        metrics: which, in this order; one without any value is left out.
+        split: which split's rows.
+        decoding: which decoding's rows; None takes all there are.
+
+    Returns:
+        The figure, and the data behind it.
+    """
+    data = frame[(frame.experiment == experiment) & (frame.split == split) & (frame.seed == "all") & frame.metric.isin(metrics)
+                 & (True if decoding is None else frame.decoding == decoding)].dropna(subset="value")
+    data = data[["system", "space", "decoding", "metric", "value", "ci_low", "ci_high"]]
+    order = {name: i for i, name in enumerate(SYSTEMS)}
+    lines = sorted(set(zip(data.system, data.space, strict=True)), key=lambda line: (order.get(line[0], len(order)), line[1] != "text"))
+    shown = [metric for metric in metrics if metric in set(data.metric)]
+    figure, axes = panels(max(1, len(shown)), width=PAGE, height=0.5 + 0.24 * max(2, len(lines)), sharey=True)
+    for axis, metric in zip(axes, shown, strict=False):
+        for row in data[data.metric == metric].itertuples():
+            y = len(lines) - lines.index((row.system, row.space))
+            axis.plot([row.ci_low, row.ci_high], [y, y], color=system_colour(row.system), linewidth=1.5)
+            axis.plot(row.value, y, marker=MARKS.get(row.system, "^"), color=system_colour(row.system), markersize=5)
+        axis.set(xlabel=CAPTION_TITLES.get(metric, metric), ylim=(0.4, len(lines) + 0.6))
+        axis.grid(axis="y", color="#EEEEEE", linewidth=0.6)
+        axis.locator_params(axis="x", nbins=4)
+    axes[0].set_yticks(range(len(lines), 0, -1), [system + ("" if space == "text" else f" ({space})") for system, space in lines])
+    return figure, data
+
+
+@house_style
+def plot_gains(frame: pd.DataFrame) -> Figure:
+    """Gain of each clip's caption against the gain of its vector, bridged minus raw; grey lines mark no change, black squares bin means.
+
+    Args:
+        frame: ``pair_cosine_gain`` and ``cider_d_gain``, a row a clip.
+    """
+    figure, (axis,) = panels(1, width=1.4 * COLUMN, height=2.7)
+    axis.axhline(0, color=GREY, linewidth=0.7)
+    axis.axvline(0, color=GREY, linewidth=0.7)
+    axis.scatter(frame.pair_cosine_gain, frame.cider_d_gain, s=9, color=COLOURS["bridged"], marker="^", alpha=0.5, linewidth=0, label="a test clip")
+    order = np.argsort(frame.pair_cosine_gain.to_numpy(), kind="stable")
+    means = pd.DataFrame([frame.iloc[part][["pair_cosine_gain", "cider_d_gain"]].mean() for part in np.array_split(order, min(6, len(frame)))])
+    axis.plot(means.pair_cosine_gain, means.cider_d_gain, color="black", marker="s", label="mean of a sixth of the clips")
+    axis.set(xlabel="gain in pair cosine, bridged - raw", ylabel="gain in CIDEr-D, bridged - raw")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@house_style
+def plot_label_gains(frame: pd.DataFrame, n: int = 10) -> Figure:
+    """The ``n`` labels that gain most and the ``n`` that lose most: mean gain in CIDEr-D, bars are 95 % intervals over the label's clips.
+
+    Args:
+        frame: ``label``, ``clips``, ``gain``, ``ci_low``, ``ci_high``, a row a label, in any order.
+    """
+    ordered = frame.sort_values("gain", ascending=False, kind="stable")
+    shown = ordered if len(ordered) <= 2 * n else pd.concat([ordered.head(n), ordered.tail(n)])
+    places = np.arange(len(shown))[::-1]
+    figure, (axis,) = panels(1, width=1.6 * COLUMN, height=0.6 + 0.16 * len(shown))
+    axis.axvline(0, color=GREY, linewidth=0.7)
+    for gain, low, high, y in zip(shown.gain, shown.ci_low, shown.ci_high, places, strict=True):
+        colour = COLOURS["bridged"] if gain > 0 else COLOURS["audio"]
+        axis.plot([low, high], [y, y], color=colour, linewidth=1.2)
+        axis.plot(gain, y, marker="^" if gain > 0 else "o", color=colour)
+    axis.set_yticks(places, [f"{label} ({clips})" for label, clips in zip(shown.label, shown.clips, strict=True)])
+    axis.set(xlabel="mean gain in CIDEr-D, bridged - raw", ylim=(-0.7, len(shown) - 0.3))
+    axis.tick_params(axis="y", length=0)
+    return figure
