@@ -23,7 +23,8 @@ from pathlib import Path
 import dl
 from dl.config import REPO, Profile
 
-METRICS = "metrics.csv"      # shared: every stage keeps its own rows in it
+METRICS = "metrics.csv"      # every stage keeps its own rows in it
+SHARED = (METRICS, "table2.csv", "table2.md", "claims.csv", "claims.md")     # made by several stages from metrics.csv: content does not count
 SEARCH = ("{results}/search.csv", "results/mini/search.csv")     # what was chosen on val; stage 06 writes it anew with --full
 
 
@@ -62,8 +63,10 @@ STAGES = (
     Stage("05", "05_cross_the_bridge.ipynb", after=("02", "04"), reads=SEARCH, makes=(METRICS, "checkpoints/bridge/*", "figures/05_*")),
     Stage("06", "06_compare_bridges.ipynb", after=("02", "04"), reads=("{data}/**", *SEARCH),
           makes=(METRICS, "table1.csv", "table1.md", "claims.csv", "figures/06_*")),
-    Stage("07", "07_caption_zero_shot.ipynb", after=("02", "04")),
-    Stage("08", "08_caption_supervised.ipynb", after=("02", "04")),
+    Stage("07", "07_caption_zero_shot.ipynb", after=("02", "04"), reads=("{data}/**", *SEARCH),
+          makes=(METRICS, "table2.csv", "table2.md", "captions/zero_shot_*.csv", "checkpoints/captioner/*", "figures/07_*")),
+    Stage("08", "08_caption_supervised.ipynb", after=("02", "04", "07"), reads=("{data}/**", *SEARCH),
+          makes=(METRICS, "captions/supervised_*.csv", "figures/08_*")),
     Stage("09", "09_ablate_the_bridge.ipynb", after=("02",)),
     Stage("10", "10_replication_report.ipynb", after=("03", "05", "06", "07", "08", "09"), reads=("results/paper.csv",)),
     Stage("11", "11_caption_your_own.ipynb", after=("07",)),
@@ -236,9 +239,9 @@ class Run:
         return parts
 
     def outputs(self, stage: Stage) -> dict[str, str]:
-        """The promised files that exist, with their sha256; ``metrics.csv``, which all stages share, without one."""
+        """The promised files that exist, with their sha256; those that several stages write (``SHARED``) without one."""
         found = {path for pattern in stage.makes for path in self.results.glob(pattern) if path.is_file()}
-        return {path.relative_to(self.results).as_posix(): "shared" if path.name == METRICS else sha256(path.read_bytes())
+        return {path.relative_to(self.results).as_posix(): "shared" if path.name in SHARED else sha256(path.read_bytes())
                 for path in sorted(found)}
 
     def metric_rows(self) -> dict[str, str]:
