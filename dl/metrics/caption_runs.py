@@ -74,7 +74,7 @@ def score_caption_runs(
     """
     clip_ids = split.clip_ids if clip_ids is None else list(clip_ids)
     if unknown := set(clip_ids) - set(split.clip_ids):
-        raise ValueError(f"clip {sorted(unknown)[0]} is not in split '{split.name}': give the ids of the clips that were captioned")
+        raise ValueError(f"clip {min(unknown)} is not in split '{split.name}': give the ids of the clips that were captioned")
     position = {clip_id: i for i, clip_id in enumerate(split.clip_ids)}
     place = [position[clip_id] for clip_id in clip_ids]
     frame, captions = split.frame.iloc[place], [split.captions[i] for i in place]

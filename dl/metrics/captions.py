@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dl.encoder.mini_clap import minilm_folder
 from dl.metrics.bootstrap import ClipCounts
 from dl.metrics.java import Java, JavaError, Meteor, find_java, meteor_counts, meteor_from_counts, ptb_tokenize, spice, spice_reason
 
@@ -223,6 +222,8 @@ def _score_meteor(java: Java, candidates: dict[Hashable, list[str]], references:
 @lru_cache(maxsize=1)
 def _minilm() -> tuple:
     from transformers import AutoModel, AutoTokenizer
+
+    from dl.encoder.mini_clap import minilm_folder
 
     folder = str(minilm_folder())
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()

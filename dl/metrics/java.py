@@ -16,6 +16,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,7 +151,7 @@ class Meteor:
             self._errors.close()
             raise JavaError(f"METEOR: {java.path} does not start ({error.strerror}): {REMEDY}") from None
 
-    def __enter__(self) -> Meteor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

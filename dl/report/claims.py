@@ -23,6 +23,9 @@ DIFFUSION_PEERS = ("diffusion_bridge", "conditional_diffusion", "seed")
 CONTROLS = ("ridge", "regression_mlp", "regression_mlp_topology")
 CLAIM_COLUMNS = ("id", "claim", "paper_value", "ours", "ci_low", "ci_high", "n_seeds", "verdict", "evidence", "note")
 C1_METRICS = {"pair_cosine": "higher", "centroid_gap": "lower", "rmg": "lower"}
+CONTROLLED = {          # claims whose note also names a control that does as well; the verdict does not ask it
+    "C1": ("gap", C1_METRICS), "C3": ("zero_shot", {"cider_d": "higher"}), "C4": ("supervised", {"cider_d": "higher"}),
+}
 
 
 @dataclass(frozen=True)
@@ -181,33 +184,37 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
     notes = [f"{_figure(part, value, low, high)}: {word}" for word, part, value, low, high in judged]
     if absent:
         notes.append("not run: " + ", ".join(dict.fromkeys(absent)))
-    if rule.id == "C1":
-        notes += control_notes(frame)
+    if rule.id in CONTROLLED:
+        notes += control_notes(frame, *CONTROLLED[rule.id])
     row["note"] = "; ".join(notes)
     deciding = min((entry for entry in judged if entry[0] == row["verdict"]), key=_margin, default=None)
     if deciding is None or deciding[2] is None:
         return row
     _, part, value, low, high = deciding
     runs = frame[(frame.experiment == part.experiment) & (frame.system == "diffusion_link") & (frame.seed != "all") & (frame.split == "test")]
-    evidence = f"metrics.csv: experiment={part.rows_experiment}, split=test, system={part.system}, metric={part.metric}, seed=all"
+    decoding = lookup(frame, part)["decoding"]
+    if decoding:
+        runs = runs[runs.decoding == decoding]
+    evidence = (f"metrics.csv: experiment={part.rows_experiment}, split=test, system={part.system}, metric={part.metric}, seed=all"
+                + (f", decoding={decoding}" if decoding else ""))
     return row | {"ours": value, "ci_low": low, "ci_high": high, "n_seeds": runs.seed.nunique(), "evidence": evidence,
                   "decided_by": _figure(part, value, low, high)}
 
 
-def control_notes(frame: pd.DataFrame) -> list[str]:
-    """Where ridge or a regression MLP equals diffusion_link (the paired interval holds 0) or beats it, on C1's metrics."""
+def control_notes(frame: pd.DataFrame, experiment: str = "gap", metrics: dict[str, str] = C1_METRICS) -> list[str]:
+    """Where ridge or a regression MLP equals diffusion_link (the paired interval holds 0) or beats it, on a claim's metrics."""
     notes = []
     for control in CONTROLS:
         words = {"equals": [], "beats": []}
-        for metric, side in C1_METRICS.items():
-            row = lookup(frame, Part("gap", metric, side, control))
+        for metric, side in metrics.items():
+            row = lookup(frame, Part(experiment, metric, side, control))
             if row is None or math.isnan(row["ci_low"]):
                 continue
             if row["ci_low"] <= 0 <= row["ci_high"]:
                 words["equals"].append(metric)
             elif (row["value"] > 0) != (side == "higher"):
                 words["beats"].append(metric)
-        notes += [f"{control} {word} diffusion_link on {', '.join(metrics)}" for word, metrics in words.items() if metrics]
+        notes += [f"{control} {word} diffusion_link on {', '.join(found)}" for word, found in words.items() if found]
     return notes
 
 
@@ -227,8 +234,10 @@ def write_claims(profile: Profile) -> list[dict]:
 
 
 def _figure(part: Part, value: float | None, low: float | None, high: float | None) -> str:
-    """A part's figure in words: ``rmg of diffusion_link-raw -0.0500 [-0.0600, -0.0400]``; differences show their sign."""
+    """A part's figure in words: ``rmg of diffusion_link-raw -0.0500 [-0.0600, -0.0400]``; differences show their sign, gains are in %."""
     def number(x: float) -> str:
+        if part.metric.endswith("_relative_gain"):
+            return f"{100 * x:+.1f} %"
         return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:+.4f}" if part.baseline else f"{x:.4f}"
     shown = "not computed" if value is None or math.isnan(value) else number(value)
     has_interval = low is not None and not math.isnan(low) and not part.exact

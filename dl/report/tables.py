@@ -10,6 +10,7 @@ import math
 import pandas as pd
 
 from dl.config import Profile
+from dl.metrics.captions import CAPTION_DIRECTION
 from dl.metrics.gap import DIRECTION
 from dl.results import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
 
@@ -23,6 +24,7 @@ GAP_PANELS = {
 }
 FLAGS = ("uses_pairs", "uses_memory", "trained")
 COSTS = ("parameters", "ms_per_1000")
+BETTER = DIRECTION | CAPTION_DIRECTION                           # metric: which side is better
 NOT_RANKED = ("text_floor", "text_ceiling", "text_to_audio")    # bounds, and the opposite direction
 LEGEND = (
     "Mean ± standard deviation over training seeds x noise seeds [95 % interval: one training seed, one noise seed and the recordings "
@@ -109,9 +111,9 @@ def mark_best(rows: list[dict], paired: pd.DataFrame, metrics: list[str]) -> Non
     intervals = {(row.system, row.metric): (row.ci_low, row.ci_high) for row in paired.itertuples() if row.space == "text"}
     for metric in metrics:
         ranked = [row for row in rows if row["space"] == "text" and row["system"] not in NOT_RANKED and not math.isnan(row.get(metric, math.nan))]
-        if metric not in DIRECTION or not ranked:
+        if metric not in BETTER or not ranked:
             continue
-        best = (max if DIRECTION[metric] == "higher" else min)(ranked, key=lambda row: row[metric])
+        best = (max if BETTER[metric] == "higher" else min)(ranked, key=lambda row: row[metric])
         for row in ranked:
             pair = intervals.get((f"{row['system']}-{best['system']}", metric)) or intervals.get((f"{best['system']}-{row['system']}", metric))
             low, high = pair or (row[metric + "_ci_low"], row[metric + "_ci_high"])
@@ -129,7 +131,7 @@ def _method_panel(rows: list[dict]) -> str:
 
 
 def _heading(metric: str) -> str:
-    arrow = {"higher": " ↑", "lower": " ↓"}.get(DIRECTION.get(metric, ""), "")
+    arrow = {"higher": " ↑", "lower": " ↓"}.get(BETTER.get(metric, ""), "")
     return metric + arrow
 
 
