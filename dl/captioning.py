@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -32,8 +31,9 @@ from dl.config import Profile
 from dl.data import Split
 from dl.encoder.clap import Embeddings
 from dl.experiments import chosen, fit_system
+from dl.metrics.caption_runs import CaptionResults, Run, candidates_path, score_caption_runs, write_candidates
 from dl.peers import REGISTRY, build, centre
-from dl.results import atomic_write
+from dl.results import MetricsFile, atomic_write
 
 NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed
 VAL_CLIPS = 128       # clips whose first caption makes the decoder's loss on val [ours]
@@ -171,6 +171,11 @@ def select_clips(embeddings: Embeddings, clips: list[int]) -> Embeddings:
 
 
 # ------------------------------------------------------------------------------------------------------------ fits, captions
+def short_hash(**parts: object) -> str:
+    """Twelve hex digits that change when a part does (see ``dl.bridge.checkpoint.fingerprint``)."""
+    return hashlib.sha256(json.dumps(fingerprint(**parts), sort_keys=True).encode()).hexdigest()[:12]
+
+
 @dataclass(frozen=True)
 class DecoderFit:
     """A decoder's training data and where its fit is kept; ``load`` trains it, or reads it if that was done before."""
@@ -184,10 +189,9 @@ class DecoderFit:
 
     @property
     def key(self) -> str:
-        """Twelve hex digits of the hash of what determines the fit: settings, pairs, seed, code."""
+        """Hash of what determines the fit: settings, pairs, seed, code."""
         config = {k: v for k, v in asdict(self.profile.captioner).items() if k not in ("num_beams", "max_new_tokens")}
-        parts = fingerprint(config=config, seed=self.seed, pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+        return short_hash(config=config, seed=self.seed, pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
 
     @property
     def path(self) -> Path:
@@ -228,8 +232,8 @@ def fit_captioner(profile: Profile, train_on: str, seed: int, train: Embeddings,
 
 
 def decoding_name(num_beams: int) -> str:
-    """How metrics.csv calls it: greedy, beam4."""
-    return "greedy" if num_beams == 1 else f"beam{num_beams}"
+    """How metrics.csv calls it: greedy, beam 4."""
+    return "greedy" if num_beams == 1 else f"beam {num_beams}"
 
 
 def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embeddings, val: Embeddings, test: Embeddings, *,
@@ -250,12 +254,60 @@ def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embedd
         fit, captioner = decoder_fit(profile, decoder, seed, train, val), None
         for row in (row for row in rows if row.decoder == decoder):
             vectors = vectors_of(row) if vectors_of else system_vectors(profile, row, train, test, seed)
-            parts = fingerprint(fit=fit.key, vectors=vectors, decoding=[beams, profile.captioner.max_new_tokens])
-            key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-            path = profile.cache_dir / "captions" / f"{decoder}-{row.system}-{row.space}-{seed}-{decoding_name(beams)}-{key}.json"
+            key = short_hash(fit=fit.key, vectors=vectors, decoding=[beams, profile.captioner.max_new_tokens])
+            path = profile.cache_dir / "captions" / f"{decoder}-{row.system}-{row.space}-{seed}-{decoding_name(beams).replace(' ', '')}-{key}.json"
             if not path.is_file():
                 captioner = captioner or fit.load(progress)
                 texts = captioner.generate(vectors, num_beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
                 atomic_write(path, json.dumps(texts, indent=0))
             found[row] = json.loads(path.read_text(encoding="utf-8"))
     return {row: found[row] for row in rows}
+
+
+def disjoint_rows(profile: Profile, seed: int, train: Embeddings, split: Split, val: Embeddings, test: Embeddings, *,
+                  num_beams: int | None = None, progress: bool = False) -> dict[Row, list[str]]:
+    """The strict zero-shot rows raw, ridge and diffusion_link: the mapping learns from one half of the recordings, the decoder from the other.
+
+    Args:
+        split: the training split, for its recordings. A clip that mixes both halves serves neither, so that both learn from less.
+    """
+    for_mapping, for_decoder = disjoint_halves(train, split)
+    apart = replace(profile, results_root=profile.cache_dir / "disjoint")              # its fits must not push out those on all of train
+
+    def vectors(row: Row) -> Tensor:
+        return fit_system(apart, row.system, for_mapping, seed, **chosen(profile, row.system))(test.audio, noise_seed=NOISE_SEED)
+
+    rows = (Row("raw"), Row("ridge"), Row("diffusion_link"))
+    return caption_rows(profile, rows, seed, for_decoder, val, test, num_beams=num_beams, vectors_of=vectors, progress=progress)
+
+
+# --------------------------------------------------------------------------------------------------------- scores and files
+def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict[Row, list[str]]], test: Embeddings, split: Split, *,
+                     num_beams: int | None = None, strict: bool | None = None) -> CaptionResults:
+    """Score a setting's captions; its rows in ``metrics.csv`` and its files in ``captions/`` replace those of an earlier run.
+
+    Args:
+        experiment: zero_shot, zero_shot:disjoint or supervised.
+        captions: seed -> row -> n captions of the test clips (:func:`caption_rows`).
+        num_beams: how they were decoded; None means the profile's way.
+        strict: a metric that cannot run is an error (see ``dl.metrics.captions``).
+
+    Returns:
+        the scores, those of each clip among them.
+    """
+    decoding = decoding_name(profile.captioner.num_beams if num_beams is None else num_beams)
+    runs: dict[tuple[str, str], list[Run]] = {}
+    for seed, of_row in captions.items():
+        for row, texts in of_row.items():
+            runs.setdefault((row.system, row.space), []).append((seed, NOISE_SEED, texts))
+    results = score_caption_runs(profile, experiment, runs, split, clip_ids=test.clip_ids, decoding=decoding, strict=strict)
+    name, references = experiment.replace(":", "-"), [split.captions[split.clip_ids.index(clip_id)] for clip_id in test.clip_ids]
+    written = [write_candidates(candidates_path(profile, name, *key, decoding), test.clip_ids, of_system, references) for key, of_system in runs.items()]
+    for path in set(written[0].parent.glob(f"{name}_*.csv")) - set(written):
+        path.unlink()
+    file = MetricsFile(profile)
+    for recorded in (experiment, f"{experiment}:paired"):
+        file.remove(experiment=recorded)
+    file.add(results.rows)
+    return results
+

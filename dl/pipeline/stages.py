@@ -64,7 +64,7 @@ STAGES = (
     Stage("06", "06_compare_bridges.ipynb", after=("02", "04"), reads=("{data}/**", *SEARCH),
           makes=(METRICS, "table1.csv", "table1.md", "claims.csv", "figures/06_*")),
     Stage("07", "07_caption_zero_shot.ipynb", after=("02", "04"), reads=("{data}/**", *SEARCH),
-          makes=(METRICS, "table2.csv", "table2.md", "captions/zero_shot_*.csv", "checkpoints/captioner/*", "figures/07_*")),
+          makes=(METRICS, "table2.csv", "table2.md", "captions/zero_shot*.csv", "checkpoints/captioner/*", "figures/07_*")),
     Stage("08", "08_caption_supervised.ipynb", after=("02", "04", "07"), reads=("{data}/**", *SEARCH),
           makes=(METRICS, "captions/supervised_*.csv", "figures/08_*")),
     Stage("09", "09_ablate_the_bridge.ipynb", after=("02",)),

@@ -1,9 +1,12 @@
 """Figures of notebooks 07 and 08: a decoder's training, caption scores by system, who gains and who loses from the bridge."""
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from scipy import stats
 
 from dl.plots.comparison import SYSTEM_MARKERS, system_colour
 from dl.plots.gap import LINES
@@ -89,15 +92,39 @@ def plot_gains(frame: pd.DataFrame) -> Figure:
     return figure
 
 
+def label_gains(labels: Iterable[str], gains: Iterable[float], min_clips: int = 5) -> pd.DataFrame:
+    """Mean gain over the clips of each label, with its 95 % t-interval over these clips (blank for one clip).
+
+    Args:
+        labels: of each clip, joined by semicolons as in ``scenes.csv``.
+        gains: what each clip gained.
+        min_clips: labels of fewer clips are left out.
+
+    Returns:
+        label, clips, gain, ci_low, ci_high; the largest gain first.
+    """
+    of_label: dict[str, list[float]] = {}
+    for cell, gain in zip(labels, gains, strict=True):
+        for label in dict.fromkeys(cell.split(";")):
+            of_label.setdefault(label, []).append(float(gain))
+    rows = []
+    for label, values in of_label.items():
+        n, mean = len(values), float(np.mean(values))
+        half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n) if n > 1 else np.nan
+        if n >= min_clips:
+            rows.append({"label": label, "clips": n, "gain": mean, "ci_low": mean - half, "ci_high": mean + half})
+    frame = pd.DataFrame(rows, columns=["label", "clips", "gain", "ci_low", "ci_high"])
+    return frame.sort_values(["gain", "label"], ascending=[False, True], ignore_index=True)
+
+
 @house_style
 def plot_label_gains(frame: pd.DataFrame, n: int = 10) -> Figure:
     """The ``n`` labels that gain most and the ``n`` that lose most: mean gain in CIDEr-D, bars are 95 % intervals over the label's clips.
 
     Args:
-        frame: ``label``, ``clips``, ``gain``, ``ci_low``, ``ci_high``, a row a label, in any order.
+        frame: as :func:`label_gains` gives it.
     """
-    ordered = frame.sort_values("gain", ascending=False, kind="stable")
-    shown = ordered if len(ordered) <= 2 * n else pd.concat([ordered.head(n), ordered.tail(n)])
+    shown = frame if len(frame) <= 2 * n else pd.concat([frame.head(n), frame.tail(n)])
     places = np.arange(len(shown))[::-1]
     figure, (axis,) = panels(1, width=1.6 * COLUMN, height=0.6 + 0.16 * len(shown))
     axis.axvline(0, color=GREY, linewidth=0.7)
