@@ -18,7 +18,7 @@ import numpy as np
 from dl.config import Profile
 from dl.data import Split, ids_sha256
 from dl.metrics.bootstrap import Draws, SystemScores, make_draws, paired_difference, score_clips
-from dl.metrics.captions import CaptionScores, check_captions, score_systems
+from dl.metrics.captions import CaptionScores, check_captions, score_lists
 from dl.metrics.java import one_line
 from dl.results import atomic_write
 
@@ -79,23 +79,22 @@ def score_caption_runs(
     place = [position[clip_id] for clip_id in clip_ids]
     frame, captions = split.frame.iloc[place], [split.captions[i] for i in place]
     by_key = {(key, "text") if isinstance(key, str) else key: of_system for key, of_system in runs.items()}
-    candidates = {(*key, seed, noise_seed): given for key, of_system in by_key.items() for seed, noise_seed, given in of_system}
+    wanted = {"": captions, **phrasing_references(frame, captions)}
+    scored = score_lists({(name, *key, seed, noise_seed): (given, references) for name, references in wanted.items()
+                          for key, of_system in by_key.items() for seed, noise_seed, given in of_system}, strict)
     draws = make_draws([split.clusters[i] for i in place], profile.bootstrap_samples)
     shared = {"experiment": experiment, "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(clip_ids), "decoding": decoding}
-    results = CaptionResults()
-    whole = score_systems(candidates, captions, strict)
-    results.scores = _score(by_key, whole, draws, None)
-    results.clips = {key: {(seed, noise): whole[(*key, seed, noise)] for seed, noise, _ in of_system} for key, of_system in by_key.items()}
+    results = CaptionResults(scores=_score(by_key, scored, "", draws, None))
+    results.clips = {key: {(seed, noise): scored["", *key, seed, noise] for seed, noise, _ in of_system} for key, of_system in by_key.items()}
     for (_, space), scores in results.scores.items():
         results.rows += scores.rows(**shared, split=split.name, space=space)
     results.rows += _paired_rows(results.scores, shared, split.name)
-    subsets = {name: _score(by_key, whole, draws, mask) for name, mask in clip_subsets(frame).items() if mask.any()}
-    for name, references in phrasing_references(frame, captions).items():
-        subsets[name] = _score(by_key, score_systems(candidates, references, strict), draws, None)
-    for name, scored in subsets.items():
+    subsets = {name: _score(by_key, scored, "", draws, mask) for name, mask in clip_subsets(frame).items() if mask.any()}
+    subsets |= {name: _score(by_key, scored, name, draws, None) for name in wanted if name}
+    for name, of_subset in subsets.items():
         part = f"{split.name}:{name}"
-        results.rows += [row for (_, space), scores in scored.items() for row in scores.rows(**shared, split=part, space=space) if row["seed"] == "all"]
-        results.rows += _paired_rows(scored, shared, part)
+        results.rows += [row for (_, space), scores in of_subset.items() for row in scores.rows(**shared, split=part, space=space) if row["seed"] == "all"]
+        results.rows += _paired_rows(of_subset, shared, part)
     return results
 
 
@@ -115,10 +114,11 @@ def phrasing_references(frame, captions: list[list[str]]) -> dict[str, list[list
             "known_phrasing": [[of_clip[int(i == 0)]] for of_clip, i in zip(captions, heldout, strict=True)]}
 
 
-def _score(by_key: dict[Key, list[Run]], scored: dict, draws: Draws, mask: np.ndarray | None) -> dict[Key, SystemScores]:
+def _score(by_key: dict[Key, list[Run]], scored: dict, name: str, draws: Draws, mask: np.ndarray | None) -> dict[Key, SystemScores]:
+    """Values and replicates of every system against the references called ``name``."""
     out = {}
     for key, of_system in by_key.items():
-        given = [(seed, noise, scored[(*key, seed, noise)]) for seed, noise, _ in of_system]
+        given = [(seed, noise, scored[name, *key, seed, noise]) for seed, noise, _ in of_system]
         out[key] = score_clips(key[0], [(seed, noise, scores.for_bootstrap()) for seed, noise, scores in given], draws, mask)
         out[key].reasons |= given[0][2].reasons
     return out
@@ -169,7 +169,8 @@ def write_candidates(path: str | Path, clip_ids: list[str], runs: list[Run], ref
     """
     if not runs:
         raise ValueError("no run to write: give at least one (seed, noise_seed, candidates)")
-    check_captions({f"seed {seed}": given for seed, _, given in runs}, references)
+    for seed, _, given in runs:
+        check_captions(given, references, f"seed {seed}")
     if len(clip_ids) != len(references):
         raise ValueError(f"{len(clip_ids)} clip ids for {len(references)} clips: give one a clip, in order")
     width = max(map(len, references))

@@ -17,10 +17,11 @@ tokens, so only sbert_sim remains; without Stanford's models there is no SPICE, 
 """
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from dl.metrics.bootstrap import ClipCounts
-from dl.metrics.java import Java, JavaError, Meteor, find_java, meteor_counts, meteor_from_counts, ptb_tokenize, spice, spice_reason
+from dl.metrics.java import Java, JavaError, Meteor, find_java, meteor_counts, meteor_from_counts, ptb_tokenize, spice
+from dl.metrics.neighbours import weighted_mean
 
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "sbert_sim")
 CAPTION_DIRECTION = dict.fromkeys(METRICS, "higher")
@@ -92,82 +94,86 @@ def score_systems(
     Raises:
         ValueError, MetricNotComputed: as in :func:`score_captions`.
     """
-    check_captions(candidates, references)
+    return score_lists({key: (captions, references) for key, captions in candidates.items()}, strict)
+
+
+def score_lists(lists: dict[Hashable, tuple[list[str], list[list[str]]]], strict: bool | None = None) -> dict[Hashable, CaptionScores]:
+    """The same where each list of candidates brings its own references; each keeps its own IDF.
+
+    Args:
+        lists: any key -> (n captions, n lists of references); n may differ from key to key.
+    """
+    for key, (given, references) in lists.items():
+        check_captions(given, references, key)
+    parts = {key: CaptionScores({}, {}, {}) for key in lists}
     reasons: dict[str, str] = {}
-    clips: dict[Hashable, dict[str, NDArray]] = {key: {} for key in candidates}
-    corpus: dict[Hashable, dict[str, float]] = {key: {} for key in candidates}
-    counts: dict[Hashable, dict[str, ClipCounts]] = {key: {} for key in candidates}
     try:
         java = find_java()
-        tokens = _tokenise(java, candidates, references)
+        tokenised = _tokenise(java, lists)
     except (JavaError, ModuleNotFoundError) as error:
         reasons |= dict.fromkeys(METRICS[:-1], f"no PTB tokens: {error}")
     else:
-        refs = [[tokens[caption] for caption in of_clip] for of_clip in references]
-        tokenised = {key: [tokens[caption] for caption in captions] for key, captions in candidates.items()}
-        for key, captions in tokenised.items():
-            _score_ngrams(captions, refs, corpus[key], clips[key], counts[key])
-        if len(refs) < 2:
-            reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
+        for key, (given, references) in tokenised.items():
+            _score_ngrams(given, references, parts[key])
+            if len(references) < 2:
+                parts[key].reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
         try:
-            _score_meteor(java, tokenised, refs, corpus, clips, counts)
+            _score_meteor(java, tokenised, parts)
         except JavaError as error:
             reasons["meteor"] = str(error)
         try:
-            if reason := spice_reason(java):
-                raise JavaError(reason)
-            flat = spice(java, [caption for captions in tokenised.values() for caption in captions], refs * len(tokenised))
-            for key, part in zip(tokenised, flat.reshape(len(tokenised), len(refs)), strict=True):
-                clips[key]["spice"] = part
+            _score_spice(java, tokenised, parts)
         except JavaError as error:
             reasons["spice"] = str(error)
-        for metric in ("spice", "cider_d"):
-            if metric in reasons:
-                reasons["spider"] = f"SPIDEr is the mean of CIDEr-D and SPICE; {metric}: {reasons[metric]}"
     try:
-        _score_sbert(candidates, references, clips)
+        _score_sbert(lists, parts)
     except ModuleNotFoundError as error:
         reasons["sbert_sim"] = str(error)
     if strict is None:
         strict = os.environ.get(STRICT) == "1"
-    if strict and reasons:
-        metric = next(name for name in METRICS if name in reasons)
-        raise MetricNotComputed(f"{metric} cannot be computed: {reasons[metric]}")
-    return {key: _complete(corpus[key], clips[key], counts[key], dict(reasons), len(references)) for key in candidates}
+    for key, (given, _) in lists.items():
+        parts[key] = _complete(parts[key], reasons, len(given))
+        if strict and (lacking := [metric for metric in METRICS if metric in parts[key].reasons]):
+            raise MetricNotComputed(f"{lacking[0]} cannot be computed: {parts[key].reasons[lacking[0]]}")
+    return parts
 
 
-def check_captions(candidates: dict[Hashable, list[str]], references: list[list[str]]) -> None:
+def check_captions(candidates: list[str], references: list[list[str]], name: Hashable = "candidates") -> None:
     """Raise ValueError unless there is a caption for every list of references, and every list holds one."""
     if not references:
         raise ValueError("no references: give at least one clip")
     if bad := [i for i, of_clip in enumerate(references) if isinstance(of_clip, str) or not of_clip]:
         raise ValueError(f"clip {bad[0]} has no list of references: give each clip a list of one or more captions")
-    for key, captions in candidates.items():
-        if isinstance(captions, str) or len(captions) != len(references):
-            found = "one string" if isinstance(captions, str) else len(captions)
-            raise ValueError(f"system {key!r} has {found} captions for {len(references)} clips: give a list with one caption a clip, in order")
-        if wrong := [caption for caption in captions if not isinstance(caption, str)]:
-            raise ValueError(f"system {key!r} has a caption that is no text: {wrong[0]!r}")
+    if isinstance(candidates, str) or len(candidates) != len(references):
+        found = "one string" if isinstance(candidates, str) else f"{len(candidates)} captions"
+        raise ValueError(f"{name!r} has {found} for {len(references)} clips: give a list with one caption a clip, in order")
+    if wrong := [caption for of_clip in (candidates, *references) for caption in of_clip if not isinstance(caption, str)]:
+        raise ValueError(f"{name!r} has a caption that is no text: {wrong[0]!r}")
 
 
-def _complete(corpus: dict, clips: dict, counts: dict, reasons: dict, n_items: int) -> CaptionScores:
-    """Fill in SPIDEr, the means over clips, and NaN where a metric has a reason instead of a value."""
-    if not reasons.keys() & {"spider", "spice", "cider_d"}:
-        clips["spider"] = (clips["cider_d"] + clips["spice"]) / 2
-    for metric in reasons:
-        clips[metric], corpus[metric] = np.full(n_items, np.nan), np.nan
-        counts.pop(metric, None)
-    means = {metric: corpus[metric] if metric in corpus else float(np.nanmean(clips[metric])) for metric in METRICS}
-    return CaptionScores(means, {metric: clips[metric] for metric in METRICS}, reasons, counts)
+def _complete(scores: CaptionScores, reasons: dict[str, str], n_items: int) -> CaptionScores:
+    """The same with SPIDEr, the means over clips, and NaN where a metric has a reason instead of a value; metrics in the order of METRICS."""
+    for metric, reason in reasons.items():
+        scores.reasons.setdefault(metric, reason)
+    if lacking := [metric for metric in ("spice", "cider_d") if metric in scores.reasons]:
+        scores.reasons.setdefault("spider", f"SPIDEr is the mean of CIDEr-D and SPICE; {lacking[0]}: {scores.reasons[lacking[0]]}")
+    else:
+        scores.clips["spider"] = (scores.clips["cider_d"] + scores.clips["spice"]) / 2
+    nothing = np.full(n_items, np.nan)
+    clips = {metric: nothing if metric in scores.reasons else scores.clips[metric] for metric in METRICS}
+    corpus = {metric: scores.corpus.get(metric, float(weighted_mean(clips[metric])[0])) for metric in METRICS}
+    return CaptionScores(corpus | {metric: math.nan for metric in scores.reasons}, clips, scores.reasons, scores.counts)
 
 
-def _tokenise(java: Java, candidates: dict[Hashable, list[str]], references: list[list[str]]) -> dict[str, str]:
-    """Every different caption -> its PTB tokens, by one call."""
-    captions = dict.fromkeys(caption for group in (*references, *candidates.values()) for caption in group)
-    return dict(zip(captions, ptb_tokenize(java, list(captions)), strict=True))
+def _tokenise(java: Java, lists: dict) -> dict[Hashable, tuple[list[str], list[list[str]]]]:
+    """The same lists in PTB tokens; every different caption is tokenised once, all by one call."""
+    captions = list(dict.fromkeys(caption for given, references in lists.values() for group in (given, *references) for caption in group))
+    tokens = dict(zip(captions, ptb_tokenize(java, captions), strict=True))
+    return {key: ([tokens[caption] for caption in given], [[tokens[caption] for caption in of_clip] for of_clip in references])
+            for key, (given, references) in lists.items()}
 
 
-def _score_ngrams(candidates: list[str], references: list[list[str]], corpus: dict, clips: dict, counts: dict) -> None:
+def _score_ngrams(candidates: list[str], references: list[list[str]], scores: CaptionScores) -> None:
     """BLEU-1..4, ROUGE-L and CIDEr-D of tokenised captions by pycocoevalcap."""
     from pycocoevalcap.bleu.bleu_scorer import BleuScorer
     from pycocoevalcap.cider.cider import Cider
@@ -175,15 +181,16 @@ def _score_ngrams(candidates: list[str], references: list[list[str]], corpus: di
 
     wanted, given = dict(enumerate(references)), {i: [caption] for i, caption in enumerate(candidates)}
     bleu = BleuScorer(n=4)
-    for caption, refs in zip(candidates, references, strict=True):
-        bleu += (caption, refs)
+    for caption, of_clip in zip(candidates, references, strict=True):
+        bleu += (caption, of_clip)
     totals, sentences = bleu.compute_score(option="closest", verbose=0)
     matches = bleu_counts(bleu.ctest)
     for n in (1, 2, 3, 4):
-        corpus[f"bleu_{n}"], clips[f"bleu_{n}"] = float(totals[n - 1]), np.array(sentences[n - 1])
-        counts[f"bleu_{n}"] = ClipCounts(matches, lambda sums, n=n: bleu_from_counts(sums, n))
-    clips["rouge_l"] = Rouge().compute_score(wanted, given)[1]
-    clips["cider_d"] = np.asarray(Cider().compute_score(wanted, given)[1], dtype=float)
+        metric = f"bleu_{n}"
+        scores.corpus[metric], scores.clips[metric] = float(totals[n - 1]), np.array(sentences[n - 1])
+        scores.counts[metric] = ClipCounts(matches, partial(bleu_from_counts, n=n))
+    scores.clips["rouge_l"] = Rouge().compute_score(wanted, given)[1]
+    scores.clips["cider_d"] = np.asarray(Cider().compute_score(wanted, given)[1], dtype=float)
 
 
 def bleu_counts(cooked: list[dict]) -> NDArray:
@@ -203,19 +210,28 @@ def bleu_from_counts(sums: NDArray, n: int) -> NDArray:
     return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
-def _score_meteor(java: Java, candidates: dict[Hashable, list[str]], references: list[list[str]], corpus: dict, clips: dict, counts: dict) -> None:
+def _score_meteor(java: Java, lists: dict, parts: dict[Hashable, CaptionScores]) -> None:
     """METEOR of tokenised captions by one process; a caption that several systems gave a clip is matched once."""
-    known: dict[tuple[int, str], str] = {}
+    known: dict[tuple[str, ...], str] = {}
     found = {}
     with Meteor(java) as meteor:
-        for key, captions in candidates.items():
-            for i, caption in enumerate(captions):
-                if (i, caption) not in known:
-                    known[i, caption] = meteor.statistics(caption, references[i])
-            statistics = [known[i, caption] for i, caption in enumerate(captions)]
+        for key, (given, references) in lists.items():
+            pairs = [(caption, *of_clip) for caption, of_clip in zip(given, references, strict=True)]
+            for pair in pairs:
+                if pair not in known:
+                    known[pair] = meteor.statistics(pair[0], list(pair[1:]))
+            statistics = [known[pair] for pair in pairs]
             found[key] = *meteor.evaluate(statistics), ClipCounts(meteor_counts(statistics), meteor_from_counts)
-    for key, (value, segments, sums) in found.items():
-        corpus[key]["meteor"], clips[key]["meteor"], counts[key]["meteor"] = value, segments, sums
+    for key, (value, segments, counts) in found.items():
+        parts[key].corpus["meteor"], parts[key].clips["meteor"], parts[key].counts["meteor"] = value, segments, counts
+
+
+def _score_spice(java: Java, lists: dict, parts: dict[Hashable, CaptionScores]) -> None:
+    """SPICE of tokenised captions by one process."""
+    scores = spice(java, [caption for given, _ in lists.values() for caption in given], [refs for _, references in lists.values() for refs in references])
+    ends = np.cumsum([len(given) for given, _ in lists.values()])[:-1]
+    for key, part in zip(lists, np.split(scores, ends), strict=True):
+        parts[key].clips["spice"] = part
 
 
 # ------------------------------------------------------------------------------------------------------- sentence similarity
@@ -248,10 +264,10 @@ def sentence_vectors(sentences: list[str], batch_size: int = 64) -> torch.Tensor
     return vectors
 
 
-def _score_sbert(candidates: dict[Hashable, list[str]], references: list[list[str]], clips: dict) -> None:
+def _score_sbert(lists: dict, parts: dict[Hashable, CaptionScores]) -> None:
     """Cosine of each candidate with its references, mean over the references [peer: aac-metrics]; untokenised text, no Java."""
-    captions = list(dict.fromkeys(caption for group in (*references, *candidates.values()) for caption in group))
+    captions = list(dict.fromkeys(caption for given, references in lists.values() for group in (given, *references) for caption in group))
     place, vectors = {caption: i for i, caption in enumerate(captions)}, sentence_vectors(captions).double()
-    wanted = [vectors[[place[caption] for caption in of_clip]].mean(0) for of_clip in references]      # a mean of cosines is one product
-    for key, given in candidates.items():
-        clips[key]["sbert_sim"] = (vectors[[place[caption] for caption in given]] * torch.stack(wanted)).sum(1).numpy()
+    for key, (given, references) in lists.items():
+        wanted = torch.stack([vectors[[place[caption] for caption in of_clip]].mean(0) for of_clip in references])   # mean of cosines: one product
+        parts[key].clips["sbert_sim"] = (vectors[[place[caption] for caption in given]] * wanted).sum(1).numpy()

@@ -16,7 +16,7 @@ from dl.report.claims import VERDICT_RULES
 from dl.report.tables import _cell, _heading, _name, score_rows, write_table
 from dl.results import MetricsFile, markdown_table
 
-STRICT = "zero_shot:disjoint"        # mapping and decoder trained on disjoint recordings
+STRICT = "ablation:disjoint_recordings"      # mapping and decoder trained on disjoint recordings
 PANELS = {
     "zero_shot": ("2a. Zero-shot", "The decoder is trained on text vectors and never hears a sound; at test it is fed with the row's vectors. "
                   + "A mapping that uses pairs was trained on audio-text pairs: this is not the text-only zero-shot of DRCap or WSAC."),
