@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -67,26 +66,16 @@ class LLMCaptioner(nn.Module):
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=list(TARGETS))
-        self.language_model = get_peft_model(base, lora)
         width = base.get_input_embeddings().embedding_dim
-        self.projector = nn.Sequential(
-            nn.Linear(embed_dim, config.projector_width), nn.ReLU(), nn.Linear(config.projector_width, config.prefix_length * width))
+        with seeded(seed, base.device):
+            self.language_model = get_peft_model(base, lora)
+            self.projector = nn.Sequential(
+                nn.Linear(embed_dim, config.projector_width), nn.ReLU(), nn.Linear(config.projector_width, config.prefix_length * width))
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         prompt = self._token_ids([f"{config.prompt}\n"])[0]
         self.register_buffer("bos_ids", torch.tensor(bos, dtype=torch.long), persistent=False)
         self.register_buffer("prompt_ids", torch.tensor(prompt, dtype=torch.long), persistent=False)
-        self.reset_parameters(seed)
         self.eval()
-
-    def reset_parameters(self, seed: int) -> None:
-        """Draw the weights of projector and LoRA anew from ``seed``; torch's global generators stay as they are."""
-        with seeded(seed, self.device):
-            for layer in self.modules():
-                if isinstance(layer, LoraLayer):
-                    layer.reset_lora_parameters("default", True)
-            for layer in self.projector:
-                if isinstance(layer, nn.Linear):
-                    layer.reset_parameters()
 
     @property
     def device(self) -> torch.device:
@@ -113,24 +102,24 @@ class LLMCaptioner(nn.Module):
         """
         if len(embeddings) != len(captions):
             raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each")
-        targets = self.targets(captions)                                             # (B, M) caption, eos, padding
+        rows = [torch.tensor(ids) for ids in self.caption_ids(captions)]
+        targets = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(self.device)    # (B, M) caption, eos, padding
         inputs = targets[:, :-1].clamp_min(0)                                        # (B, M - 1), what the model has read before
         tokens = self.language_model.get_input_embeddings()(inputs)                  # (B, M - 1, d)
         context = torch.cat([self.context(embeddings), tokens], dim=1)               # (B, C + M - 1, d)
         logits = self.language_model(inputs_embeds=context, logits_to_keep=targets.shape[1], use_cache=False).logits   # (B, M, V)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)   # ()
 
-    def targets(self, captions: list[str]) -> Tensor:
-        """(B, M) int64: each caption's tokens and eos, then -100 up to the longest.
+    def caption_ids(self, captions: list[str]) -> list[list[int]]:
+        """Each caption's token ids with eos at the end: the targets of the loss.
 
         Raises:
             ValueError: an empty caption.
         """
         texts = [" ".join(caption.split()) for caption in captions]
         if "" in texts:
-            raise ValueError(f"caption {texts.index('')} of the batch is empty: leave its row out")
-        rows = [torch.tensor(ids + [self.tokenizer.eos_token_id]) for ids in self._token_ids(texts)]
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(self.device)
+            raise ValueError(f"caption {texts.index('')} is empty: leave its row out")
+        return [ids + [self.tokenizer.eos_token_id] for ids in self._token_ids(texts)] if texts else []
 
     def context(self, embeddings: Tensor) -> Tensor:
         """What stands before every caption, (B, C, d): bos, the K prefix vectors, the prompt.
@@ -250,7 +239,7 @@ class LLMCaptioner(nn.Module):
             raise ValueError(f"the captioner in {path} is damaged ({' '.join(str(error).split())[:80]}): copy or train it again") from error
         known = {"embed_dim"} | {field.name for field in fields(CaptionerConfig)}
         if differing := sorted(known ^ set(values)):
-            raise ValueError(f"{path / 'config.json'} has unknown fields or lacks some ({', '.join(differing)}): load it with the version that wrote it")
+            raise ValueError(f"{path / 'config.json'}: unknown or missing fields {', '.join(differing)}; load it with the version that wrote it")
         captioner = cls(values.pop("embed_dim"), CaptionerConfig(**values))
         captioner.load_trainable_state(tensors)
         return captioner

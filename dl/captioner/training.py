@@ -1,0 +1,276 @@
+"""The captioner's training loop: AdamW on projector and LoRA, in one process or in several by ``accelerate launch``.
+
+Every random choice is a function of the seed and the step: the order of the captions, of the seed and the epoch; the dropout,
+of the seed, the step and the process. So a run that goes on from a checkpoint needs no state of a random generator and equals
+an undisturbed one bit for bit (same machine, same number of threads and processes).
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from dl.bridge import checkpoint
+from dl.bridge.training import seeded
+from dl.captioner import captioner as captioner_module
+from dl.captioner import language_model
+from dl.captioner.captioner import LLMCaptioner, check_embeddings
+from dl.config import CaptionerConfig
+from dl.results import atomic_write, csv_text
+
+CHECKPOINT_EVERY = 50     # steps between two checkpoints
+HISTORY_ROWS = 50         # rows of a history, each the mean over the steps since the row before
+BUCKETS = 50              # batches that are sorted by caption length together
+HISTORY_COLUMNS = ("step", "loss", "val_loss", "val_score", "lr")
+INFERENCE_FIELDS = ("num_beams", "max_new_tokens", "dtype")     # do not decide a fit (of dtype, what it stands for on this machine does)
+SOURCES = [Path(module.__file__) for module in (captioner_module, language_model)] + [Path(__file__)]   # code that decides a fit's result
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+def learning_rate(config: CaptionerConfig, step: int) -> float:
+    """The learning rate of ``step`` (from 0): a linear warm-up, then constant, or half a cosine towards 0.
+
+    Raises:
+        ValueError: unknown lr_schedule.
+    """
+    if config.lr_schedule not in ("constant", "cosine"):
+        raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}: choose constant or cosine")
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (config.train_steps - config.warmup_steps)))
+
+
+class BucketSampler:
+    """Batches of captions of about equal length, in an order drawn anew for every epoch.
+
+    Rows are shuffled; pools of 50 batches are sorted by length and cut into batches, and these are shuffled. What is left over
+    at the end of an epoch is left out (with fewer rows than a batch, all rows are the batch).
+
+    Args:
+        lengths: tokens of each caption.
+        batch_size: rows of a batch.
+        seed: of the draws.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.seed = torch.tensor(lengths), seed
+        self.batch_size = min(batch_size, len(lengths))
+        self.batches_per_epoch = len(lengths) // self.batch_size
+        self._epoch: tuple[int, list[Tensor]] = (-1, [])
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Rows of batch ``index`` of an endless row of epochs, (batch_size,) int64."""
+        epoch, place = divmod(index, self.batches_per_epoch)
+        if self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", epoch))
+            order = torch.randperm(len(self.lengths), generator=generator)[: self.batches_per_epoch * self.batch_size]
+            pools = [pool[torch.argsort(self.lengths[pool], stable=True)] for pool in order.split(BUCKETS * self.batch_size)]
+            batches = torch.cat(pools).split(self.batch_size)
+            self._epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return self._epoch[1][place]
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed in [0, 2^48) for the purpose that ``parts`` name; different parts give unrelated ones."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
+
+
+@torch.inference_mode()
+def caption_loss(
+    captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], batch_size: int = 32, accelerator: Accelerator | None = None,
+) -> float:
+    """The mean cross-entropy per token of many captions (with eos), dropout off; with several processes each takes a part."""
+    lengths = [len(ids) for ids in captioner.caption_ids(captions)]
+    rows = sorted(range(len(captions)), key=lengths.__getitem__)
+    parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+    if accelerator is not None:
+        parts = parts[accelerator.process_index :: accelerator.num_processes]
+    was_training = captioner.training
+    captioner.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    for part in parts:
+        total += captioner(embeddings[part], [captions[i] for i in part], reduction="sum").cpu()
+    captioner.train(was_training)
+    return _sum(total, accelerator) / sum(lengths)
+
+
+def _sum(value: Tensor, accelerator: Accelerator | None) -> float:
+    """The sum of a number, (), over all processes."""
+    return value.item() if accelerator is None else accelerator.reduce(value.float().to(accelerator.device), "sum").item()
+
+
+# ----------------------------------------------------------------------------------------------------------------- loop
+def train_captioner(
+    captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], *, seed: int = 0, checkpoint_path: str | Path | None = None,
+    val: tuple[Tensor, list[str]] | None = None, validate: Callable[[LLMCaptioner], float] | None = None,
+    accelerator: Accelerator | None = None, progress: bool = False, checkpoint_every: int = CHECKPOINT_EVERY,
+    callback: Callable[[int, float], None] | None = None,
+) -> pd.DataFrame:
+    """Train projector and LoRA in place, from their present weights, for ``captioner.config.train_steps`` steps.
+
+    With ``config.patience`` > 0 the training ends after that many validations without a better one, and the best weights are
+    kept; else the last ones are. A finished fit found at ``checkpoint_path`` is loaded instead of repeated, an interrupted one
+    goes on. The loss of a step is the mean over the tokens of its captions, however many processes and batches share them.
+
+    Args:
+        captioner: moved to the accelerator's device; afterwards in eval mode.
+        embeddings: (N, D) float; row i belongs to caption i.
+        captions: N texts.
+        seed: of the order of the captions and of the dropout.
+        checkpoint_path: a safetensors file (projector, LoRA, optimiser); the history goes beside it as CSV. None keeps nothing.
+        val: embeddings and captions whose loss is taken every ``config.validate_every`` steps and at the end.
+        validate: captioner -> a score that is better when greater, such as CIDEr-D on val, taken at the same steps (in the
+            main process); it decides in the place of the loss on val.
+        accelerator: None makes one, which under ``accelerate launch`` joins its processes.
+        progress: show a progress bar on stderr, with the time left.
+        checkpoint_every: steps between two checkpoints.
+        callback: called as callback(steps done, loss of the step) after every step.
+
+    Returns:
+        The history: step, loss (mean since the row before), val_loss, val_score (NaN where not taken), lr.
+
+    Raises:
+        ValueError: embeddings and captions that do not fit, NaN, an empty caption, patience with nothing to watch, an unknown choice.
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    config, accelerator = captioner.config, accelerator or Accelerator()
+    embeddings = check_embeddings(embeddings, captioner.embed_dim)
+    if not len(embeddings) == len(captions) > 0:
+        raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each, and at least one")
+    if config.patience and val is None and validate is None:
+        raise ValueError("patience needs something to watch: give val or validate, or set patience to 0")
+    lengths = [len(ids) for ids in captioner.caption_ids(captions)]
+    sampler = BucketSampler(lengths, config.batch_size, seed)
+    if sampler.batch_size < accelerator.num_processes:
+        raise ValueError(f"a batch of {sampler.batch_size} cannot be shared by {accelerator.num_processes} processes: raise batch_size")
+    rank, world, accumulation = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
+
+    training = {name: value for name, value in asdict(config).items() if name not in INFERENCE_FIELDS}
+    watched = [validate is not None, list(val) if val else []] if config.patience else []
+    run = checkpoint.fingerprint(
+        config=training, seed=seed, data=[embeddings, captions], initial_weights=captioner.trainable_state(), code=SOURCES,
+        language_model=[captioner.revision, str(captioner.language_model.dtype)], stopping=watched, processes=world)
+
+    model = accelerator.prepare(captioner)
+    parameters = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    accelerator.gradient_accumulation_steps = accumulation
+    state = {"step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
+    best: dict[str, Tensor] = {}
+    if checkpoint_path is not None and (found := checkpoint.load_checkpoint(checkpoint_path, run)):
+        tensors, state = found
+        captioner.load_trainable_state(_part(tensors, "weights."))
+        best = _part(tensors, "best.")
+        if not state["finished"]:
+            _load_optimizer(optimizer, _part(tensors, "optimizer."))
+
+    captioner.train()
+    every = max(1, config.train_steps // HISTORY_ROWS)
+    bar = tqdm(total=config.train_steps, initial=state["step"], disable=not (progress and accelerator.is_main_process), desc="training", unit="step")
+    with bar, seeded(seed, captioner.device):
+        while not state["finished"]:
+            # 1. the gradient of the mean loss over the tokens of this step's captions, in one or more batches
+            step = state["step"]
+            torch.manual_seed(derived_seed(seed, "dropout", step, rank))
+            batches = [sampler[step * accumulation + i] for i in range(accumulation)]
+            tokens = sum(lengths[row] for batch in batches for row in batch.tolist())
+            total = torch.zeros((), device=captioner.device)
+            for i, batch in enumerate(batches):
+                rows = batch[rank::world]
+                with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
+                    loss = model(embeddings[rows], [captions[row] for row in rows.tolist()], reduction="sum") / tokens
+                    accelerator.backward(loss * world * accumulation)   # processes are averaged, batches divided by their number: undone
+                total += loss.detach()
+
+            # 2. one step of AdamW on the clipped gradient
+            if config.grad_clip:
+                accelerator.clip_grad_norm_(parameters, config.grad_clip)
+            rate = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            value = _sum(total, accelerator)
+            if not math.isfinite(value):
+                raise FloatingPointError(f"training diverged at step {step + 1}: lower learning_rate, now {config.learning_rate}")
+            state["step"] = done = step + 1
+            state["total"], state["since"] = state["total"] + value, state["since"] + 1
+            bar.set_postfix(loss=f"{value:.2f}", refresh=False)
+            bar.update()
+
+            # 3. validation, and whether to go on
+            last = done == config.train_steps
+            val_loss = val_score = math.nan
+            validated = (val is not None or validate is not None) and (last or done % config.validate_every == 0)
+            if validated:
+                if val is not None:
+                    val_loss = caption_loss(captioner, *val, accelerator=accelerator)
+                if validate is not None:
+                    val_score = _validate(validate, captioner, accelerator)
+                score = -val_loss if validate is None else val_score
+                if config.patience:
+                    improved = score > state["best"]
+                    state["best"], state["worse"] = (score, 0) if improved else (state["best"], state["worse"] + 1)
+                    best = {name: value.clone() for name, value in captioner.trainable_state().items()} if improved else best
+            state["finished"] = last or bool(config.patience and state["worse"] >= config.patience)
+            if state["finished"] and best:
+                captioner.load_trainable_state(best)
+
+            # 4. what is written down
+            if state["finished"] or validated or done % every == 0:
+                row = (done, state["total"] / state["since"], val_loss, val_score, rate)
+                state["history"].append(dict(zip(HISTORY_COLUMNS, row, strict=True)))
+                state["total"], state["since"] = 0.0, 0
+            if checkpoint_path is not None and accelerator.is_main_process and (state["finished"] or done % checkpoint_every == 0):
+                _save(Path(checkpoint_path), captioner, optimizer, best, state, run)
+            if callback is not None:
+                callback(done, value)
+
+    captioner.eval()
+    return pd.DataFrame(state["history"], columns=HISTORY_COLUMNS)
+
+
+def _validate(validate: Callable[[LLMCaptioner], float], captioner: LLMCaptioner, accelerator: Accelerator) -> float:
+    """The main process's score, known to all; no random number of the training is used up."""
+    score = torch.zeros(())
+    if accelerator.is_main_process:
+        captioner.eval()
+        with seeded(0, captioner.device):
+            score = torch.tensor(float(validate(captioner)))
+        captioner.train()
+    return _sum(score, accelerator)
+
+
+def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], state: dict, run: dict[str, str]) -> None:
+    """Write a checkpoint and the history; a finished one holds the weights only."""
+    tensors = {f"weights.{name}": value for name, value in captioner.trainable_state().items()}
+    if not state["finished"]:
+        tensors |= {f"best.{name}": value for name, value in best.items()}
+        tensors |= {f"optimizer.{i}.{name}": value for i, slot in optimizer.state_dict()["state"].items() for name, value in slot.items()}
+    atomic_write(path.with_suffix(".csv"), csv_text(state["history"], HISTORY_COLUMNS))
+    checkpoint.save_checkpoint(path, tensors, state, run)
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Give AdamW back its moments and step counts."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        i, key = name.split(".")
+        slots.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
