@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import csv
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -138,12 +138,16 @@ def _paired_rows(scores: dict[Key, SystemScores], shared: dict, split: str) -> l
 
 
 def _relative_gain(system: SystemScores, baseline: SystemScores, labels: dict) -> list[dict]:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        row = next(row for row in paired_difference(system, baseline, relative=True, **labels) if row["metric"] == f"{RELATIVE}_relative_gain")
-    if not np.isfinite(row["value"]):
-        row |= {"value": None, "reason": row["reason"] or f"{baseline.system} scores 0 in {RELATIVE}, a gain relative to it has no size"}
+    """The row of (system - baseline) / baseline in CIDEr-D; n/c where the baseline scores 0."""
+    ours, theirs = (replace(scores, points={RELATIVE: scores.points[RELATIVE]}) for scores in (system, baseline))
     ends = ("ci_low", "ci_high", "clip_ci_low", "clip_ci_high")
-    return [row | {end: None for end in ends if row["value"] is None or row[end] is None or not np.isfinite(row[end])}]
+    if theirs.mean(RELATIVE) == 0:
+        reason = f"{baseline.system} scores 0 in {RELATIVE}, a gain relative to it has no size"
+        row = paired_difference(ours, theirs, **labels)[0]
+        return [row | dict.fromkeys(ends) | {"metric": f"{RELATIVE}_relative_gain", "value": None, "reason": reason}]
+    with np.errstate(divide="ignore", invalid="ignore"):                      # a replicate of a weak baseline may score 0
+        row = paired_difference(ours, theirs, relative=True, **labels)[0]
+    return [row | {end: None for end in ends if row[end] is None or not np.isfinite(row[end])}]
 
 
 # ---------------------------------------------------------------------------------------------------------- candidates files

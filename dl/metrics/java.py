@@ -91,6 +91,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def _start(java: Java) -> list[str]:
+    """The executable, with the text encoding and the decimal point of no particular country."""
+    return [str(java.path), "-Dfile.encoding=UTF-8", "-Duser.country=US", "-Duser.language=en"]
+
+
 def ptb_tokenize(java: Java, sentences: list[str], stall_s: float = STALL_S) -> list[str]:
     """Penn Treebank tokens of each sentence: lower case, punctuation removed, joined by blanks, as all captioning papers score them.
 
@@ -99,7 +104,7 @@ def ptb_tokenize(java: Java, sentences: list[str], stall_s: float = STALL_S) -> 
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
-    command = [str(java.path), "-Dfile.encoding=UTF-8", "-cp", str(jar("tokenizer", STANFORD_CORENLP_3_4_1_JAR)),
+    command = [*_start(java), "-cp", str(jar("tokenizer", STANFORD_CORENLP_3_4_1_JAR)),
                "edu.stanford.nlp.process.PTBTokenizer", "-encoding", "UTF-8", "-preserveLines", "-lowerCase"]
     lines = _run(command, "".join(one_line(sentence) + "\n" for sentence in sentences), "the PTB tokenizer", stall_s).split("\n")[:-1]
     if len(lines) != len(sentences):
@@ -143,7 +148,7 @@ class Meteor:
     def __init__(self, java: Java, stall_s: float = STALL_S) -> None:
         self.java, self.stall_s = java, stall_s
         self._errors = tempfile.TemporaryFile()          # noqa: SIM115, lives as long as the process
-        command = [str(java.path), "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", str(jar("meteor", "meteor-1.5.jar")),
+        command = [*_start(java), "-Xmx2G", "-jar", str(jar("meteor", "meteor-1.5.jar")),
                    "-", "-", "-stdio", "-l", "en", "-norm"]
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, encoding="utf-8")
@@ -181,13 +186,15 @@ class Meteor:
         return float(answers[-1]), np.array(answers[:-1], dtype=float)
 
     def _ask(self, line: str, n_answers: int) -> list[str]:
+        if self.process.stdin.closed:
+            raise JavaError("METEOR was closed: start another one")
         watchdog = threading.Timer(self.stall_s, self.process.kill)        # then the pipe breaks and the read below ends
         watchdog.start()
         try:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
             answers = [self.process.stdout.readline().strip() for _ in range(n_answers)]
-        except (BrokenPipeError, ValueError):                              # ValueError: the pipe was closed
+        except BrokenPipeError:
             answers = [""]
         finally:
             watchdog.cancel()
@@ -252,8 +259,8 @@ def spice(java: Java, candidates: list[str], references: list[list[str]], stall_
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "in.json"), Path(folder, "out.json")
         asked.write_text(json.dumps(items), encoding="utf-8")
-        _run([str(java.path), "-Dfile.encoding=UTF-8", "-Xmx8G", "-jar", str(jar("spice", "spice-1.0.jar")), str(asked), "-out", str(answered),
-              "-subset", "-silent"], None, "SPICE", stall_s)
+        _run([*_start(java), "-Xmx8G", "-jar", str(jar("spice", "spice-1.0.jar")), str(asked), "-out", str(answered), "-subset", "-silent"],
+             None, "SPICE", stall_s)
         results = json.loads(answered.read_text(encoding="utf-8"))
     scores = np.full(len(candidates), np.nan)
     for item in results:

