@@ -239,9 +239,9 @@ def meteor_from_counts(sums: NDArray) -> NDArray:
 def spice_reason(java: Java) -> str:
     """Why SPICE cannot run here; blank if it can."""
     folder = jar("spice", "spice-1.0.jar").parent / "lib"
-    if absent := [name for name in SPICE_MODELS if not (folder / name).is_file()]:
-        return (f"SPICE needs Stanford's {' and '.join(absent)} (not shipped): run once, with a network and write access to the "
-                "environment, python -m pycocoevalcap.spice.get_stanford_models")
+    if not all((folder / name).is_file() for name in SPICE_MODELS):
+        return ("Stanford CoreNLP 3.6.0 and its models are absent; once, with a network and write access to the environment: "
+                "python -m pycocoevalcap.spice.get_stanford_models")
     if java.major not in USABLE:
         return f"SPICE does not run on Java {java.major}: {REMEDY}"
     return ""
