@@ -1,1 +1,1 @@
-"""The modality gap, measured: ``gap`` and ``neighbours`` hold the metrics, ``bootstrap`` their intervals."""
+"""The modality gap (``gap``, ``neighbours``) and captions (``captions``, ``caption_runs``, ``java``), measured with intervals (``bootstrap``)."""

@@ -158,7 +158,7 @@ def candidates_path(profile: Profile, experiment: str, system: str, space: str =
 
 
 def write_candidates(path: str | Path, clip_ids: list[str], runs: list[Run], references: list[list[str]]) -> Path:
-    """Write one system's captions as ``aac-metrics-eval -i FILE`` reads them.
+    """Write one system's captions as ``aac-metrics-eval -i FILE`` reads them (it scores after ``aac-metrics-download``).
 
     Columns: clip_id, seed, noise_seed, caption_predicted (the first run, whose seeds stand before it), caption_1 .. caption_R, then
     ``caption_predicted_seed_<s>_noise_<k>`` for each further run (``aac-metrics-eval -cands`` takes that name).

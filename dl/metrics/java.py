@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -155,6 +156,17 @@ class Meteor:
         except OSError as error:
             self._errors.close()
             raise JavaError(f"METEOR: {java.path} does not start ({error.strerror}): {REMEDY}") from None
+        self._asked: float | None = None                 # when the open question was put, in s
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Stop the process when a question is open for too long; the reader below then meets the end of its pipe."""
+        while not self._closed.wait(min(1.0, self.stall_s / 4)):
+            asked = self._asked
+            if asked is not None and time.monotonic() - asked > self.stall_s:
+                self.process.kill()
+                return
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +176,7 @@ class Meteor:
 
     def close(self) -> None:
         """End the process; calling it again does nothing."""
+        self._closed.set()
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self._errors):
@@ -188,8 +201,7 @@ class Meteor:
     def _ask(self, line: str, n_answers: int) -> list[str]:
         if self.process.stdin.closed:
             raise JavaError("METEOR was closed: start another one")
-        watchdog = threading.Timer(self.stall_s, self.process.kill)        # then the pipe breaks and the read below ends
-        watchdog.start()
+        self._asked = time.monotonic()
         try:
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
@@ -197,7 +209,7 @@ class Meteor:
         except BrokenPipeError:
             answers = [""]
         finally:
-            watchdog.cancel()
+            self._asked = None
         if all(answers):
             return answers
         self.process.kill()

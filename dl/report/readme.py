@@ -45,7 +45,7 @@ def claims_table(results: Path) -> str:
 def encoder_table(results: Path) -> str:
     """How well mini-CLAP hears the test scenes."""
     table = pd.read_csv(results / "mini_clap.csv")
-    return markdown_table(["test scenes", "n", "R@1", "R@10", "R@10 by chance"],
+    return markdown_table(["test scenes", "n", "R@1", "R@10", "R@10, one caption each", "R@10 by chance"],
                           [[row[0], str(row[1]), *(f"{value:.3f}" for value in row[2:])] for row in table.itertuples(index=False, name=None)])
 
 
