@@ -1,7 +1,7 @@
 """What Table 1 runs: hyper-parameters tuned on val with equal budgets, fits kept on disk, every system scored on test.
 
 Every trial is a row of ``search.csv``; the criterion is the same for all systems: the lowest RMG on val ([ours], ``dl.report.claims``).
-A tuned system gets eight fits of ``train_steps`` steps (ridge: eight closed forms); the start step k* and the number of steps n
+A tuned system gets eight fits of ``train_steps`` steps (a closed form: eight values of its parameter); the start step k* and the number of steps n
 act at a call only and are swept on the fits. DDIM is called on the fit that was chosen for one step. Only the final fits, seeds 0, 1, 2, ever meet test.
 """
 from __future__ import annotations
@@ -39,15 +39,21 @@ START_STEPS = (0, 25, 50, 100, 200, 300, 400, 500, 600)      # k*
 LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 FITS: dict[str, list[Trial]] = {                              # eight a system; DDIM takes diffusion_link's
     "ridge": grid(alpha=[1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0]),
+    "pls_head": grid(num_directions=[10, 20, 30, 50, 70, 100, 150, 256]),
+    "projection": grid(scale=[5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0]),
+    "regression_mlp": grid(learning_rate=LEARNING_RATES, dropout=[0.1, 0.3]),
+    "regression_mlp_topology": grid(topology_weight=[0.1, 1.0, 3.0, 10.0], learning_rate=[5e-4, 1e-3]),
     "seed": grid(learning_rate=LEARNING_RATES, dropout=[0.0, 0.1]),
     "diffusion_link": grid(topology_weight=[0.0, 0.1, 1.0, 10.0], learning_rate=[5e-4, 1e-3]),
     "diffusion_bridge": grid(learning_rate=[8e-5, 2.5e-4, 5e-4, 1e-3], batch_size=[64, 256]),
+    "conditional_diffusion": grid(learning_rate=LEARNING_RATES, dropout=[0.0, 0.1]),
 }
 INFERENCE: dict[str, list[Trial]] = {                         # swept on every fit
     "diffusion_link": grid(start_timestep=START_STEPS, num_inference_steps=[1]),
     "diffusion_link_ddim": [trial for trial in grid(start_timestep=START_STEPS, num_inference_steps=[5, 10])
                             if trial["num_inference_steps"] <= trial["start_timestep"]],
     "diffusion_bridge": grid(start_timestep=[100, 200, 300, 400, 500, 600, 700, 800], num_inference_steps=[5]),
+    "conditional_diffusion": grid(start_timestep=[999], num_inference_steps=[10, 25, 50]),
 }
 WATCHED = (TUNING_METRIC, "pair_cosine", "centroid_gap", "recall_at_10", "effective_rank")
 
