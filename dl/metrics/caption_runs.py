@@ -60,9 +60,9 @@ def score_caption_runs(
         strict: a metric that cannot run is an error; None asks the environment variable DL_STRICT.
 
     Returns:
-        rows: each run and the sum over runs on the split; the sum over runs on subsets; under ``<experiment>:paired``
-        diffusion_link minus every other system, and the gain in CIDEr-D relative to raw (``cider_d_relative_gain``, 0.15 is 15 %)
-        of every other system and relative to every other system of diffusion_link.
+        rows: on the split each run and the sum over runs, on subsets the sum over runs. Under ``<experiment>:paired``: diffusion_link
+        minus every other system, in every metric; and relative gains in CIDEr-D (``cider_d_relative_gain``, 0.15 is 15 %), of
+        diffusion_link over every other system and of every other system over raw.
 
     Raises:
         ValueError: candidates and clips do not fit, or a clip id is unknown.
@@ -93,7 +93,8 @@ def score_caption_runs(
     subsets |= {name: _score(by_key, scored, name, draws, None) for name in wanted if name}
     for name, of_subset in subsets.items():
         part = f"{split.name}:{name}"
-        results.rows += [row for (_, space), scores in of_subset.items() for row in scores.rows(**shared, split=part, space=space) if row["seed"] == "all"]
+        for (_, space), scores in of_subset.items():
+            results.rows += [row for row in scores.rows(**shared, split=part, space=space) if row["seed"] == "all"]
         results.rows += _paired_rows(of_subset, shared, part)
     return results
 

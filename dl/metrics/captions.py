@@ -228,7 +228,8 @@ def _score_meteor(java: Java, lists: dict, parts: dict[Hashable, CaptionScores])
 
 def _score_spice(java: Java, lists: dict, parts: dict[Hashable, CaptionScores]) -> None:
     """SPICE of tokenised captions by one process."""
-    scores = spice(java, [caption for given, _ in lists.values() for caption in given], [refs for _, references in lists.values() for refs in references])
+    candidates = [caption for given, _ in lists.values() for caption in given]
+    scores = spice(java, candidates, [of_clip for _, references in lists.values() for of_clip in references])
     ends = np.cumsum([len(given) for given, _ in lists.values()])[:-1]
     for key, part in zip(lists, np.split(scores, ends), strict=True):
         parts[key].clips["spice"] = part

