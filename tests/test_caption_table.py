@@ -39,7 +39,8 @@ def paired_row(
     experiment: str, pair: str, value: float | None, low: float | None, high: float | None, metric: str = "cider_d", decoding: str = "greedy"
 ) -> dict:
     return {"experiment": f"{experiment}:paired", "system": pair, "split": "test", "space": "text", "decoding": decoding, "n_items": 600,
-            "metric": metric, "seed": "all", "noise_seed": "all", "value": value, "ci_low": low, "ci_high": high, "reason": "" if value is not None else "raw scores 0"}
+            "metric": metric, "seed": "all", "noise_seed": "all", "value": value, "ci_low": low, "ci_high": high,
+            "reason": "" if value is not None else "raw scores 0"}
 
 
 def gains(experiment: str, gain: float, low: float, high: float, decoding: str = "greedy") -> list[dict]:
