@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dl.bridge.checkpoint import fingerprint
-from dl.bridge.training import seeded
 from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.training import SOURCES, train_captioner
+from dl.captioner.language_model import resolve_dtype
+from dl.captioner.training import INFERENCE_FIELDS, SOURCES, train_captioner
 from dl.config import Profile
 from dl.data import Split
 from dl.encoder.clap import Embeddings
@@ -190,8 +190,8 @@ class DecoderFit:
     @property
     def key(self) -> str:
         """Hash of what determines the fit: settings, pairs, seed, code."""
-        config = {k: v for k, v in asdict(self.profile.captioner).items() if k not in ("num_beams", "max_new_tokens")}
-        return short_hash(config=config, seed=self.seed, pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
+        config = {name: value for name, value in asdict(self.profile.captioner).items() if name not in INFERENCE_FIELDS}
+        return short_hash(config=config, dtype=str(resolve_dtype(self.profile.captioner.dtype)), seed=self.seed, pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
 
     @property
     def path(self) -> Path:
@@ -200,8 +200,7 @@ class DecoderFit:
 
     def load(self, progress: bool = False) -> LLMCaptioner:
         """The fitted captioner in eval mode, its history (step, loss, val_loss, lr) as the attribute ``history``."""
-        with seeded(self.seed, torch.device("cpu")):
-            captioner = LLMCaptioner(self.vectors.shape[1], self.profile.captioner)
+        captioner = LLMCaptioner(self.vectors.shape[1], self.profile.captioner, seed=self.seed)
         captioner.history = train_captioner(captioner, self.vectors, self.captions, seed=self.seed, checkpoint_path=self.path,
                                             val=self.val, progress=progress)
         return captioner.eval()

@@ -93,7 +93,7 @@ def load_captions(profile: Profile, bridge: bool = True) -> Captions:
         if not (folder / name / "config.json").is_file():
             raise MissingWeights(f"the {name} of profile {profile.name} is missing ({folder / name}): "
                                  f"make it with ./run_all.sh --profile {profile.name} --only {stage}")
-    captioner = LLMCaptioner.from_pretrained(folder / "captioner")
+    captioner = LLMCaptioner.from_pretrained(folder / "captioner").to("cuda" if torch.cuda.is_available() else "cpu")
     link = DiffusionLink.from_pretrained(folder / "bridge") if bridge else None
     encoder = ClapEncoder.from_pretrained(profile.encoder)
     widths = {name: model.embed_dim for name, model in (("captioner", captioner), ("bridge", link)) if model is not None}
@@ -152,7 +152,7 @@ def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = 
     """
     try:
         captions = load_captions(profile, bridge)
-    except MissingWeights as error:
+    except (MissingWeights, ModuleNotFoundError, ValueError) as error:              # absent, or damaged: each says what to do
         print(f"caption: {printable(str(error))}", file=sys.stderr)
         return 1
     entries, failed = [], 0
