@@ -185,7 +185,7 @@ def score_table(
                     for run in map_runs(peer, test.audio, seed, profile.noise_seeds, space)]
             for name, mask in subsets.items() if space == "text" else [("test", None)]:
                 scored = score_system(system, runs, space_reference, draws, mask, HEAVY_SAMPLES if mask is None else 0)
-                rows += scored.rows(**shared, split=name, space=space)
+                rows += scored.rows(each_run=mask is None, **shared, split=name, space=space)
                 if name == "test":
                     scores[system, space] = scored
         rows += [{**shared, "system": system, "split": "test", "space": "text", "seed": "all", "noise_seed": "all", "n_items": len(test.clip_ids),

@@ -67,7 +67,7 @@ def plot_trade_off(frame: pd.DataFrame, x: str = "rmg", y: str = "recall_at_10",
     data = summary(frame, [x, y], split, bounds=False)
     wide = data.pivot(index="system", columns="metric")
     figure, (axis,) = panels(1, width=1.4 * COLUMN, height=2.9)
-    markers = dict(zip(wide.index, "oPXsv^<>Dd*hp", strict=False))
+    markers = dict(zip(wide.index, "oPXsv^<>Dd*hpH8+x12", strict=False))
     for system, row in wide.iterrows():
         px, py = row["value", x], row["value", y]
         error = {"xerr": [[px - row["ci_low", x]], [row["ci_high", x] - px]], "yerr": [[py - row["ci_low", y]], [row["ci_high", y] - py]]}
