@@ -7,19 +7,23 @@ The package in reading order, each module importing only what stands above it:
 * ``data``         clips and captions; ``scenes`` mixes those of data/mini from real recordings
 * ``encoder/``     the frozen CLAP encoder and its embedding cache
 * ``bridge/``      Diffusion-Link: noise schedule, network, losses, training loop
+* ``captioner/``   a frozen language model that puts one vector into words; captions of your own files
 * ``peers/``       the other systems of Table 1, closed forms and trained ones
-* ``metrics/``     the modality gap, measured, with intervals
+* ``metrics/``     the modality gap and captions, measured, with intervals
 * ``report/``      tables, claims and their verdict rules
 * ``experiments``  what Table 1 runs: tuning on val, fits, scores on test
+* ``captioning``   what Table 2 runs: decoders, captions of every system, scores on test
 * ``plots/``       one function per figure
 * ``pipeline/``    stages, stamps and ``python -m dl check``
 
 The public names below load their module when first used, so that ``import dl`` costs nothing.
 
-    >>> from dl import ClapEncoder, DiffusionLink
+    >>> from dl import ClapEncoder, DiffusionLink, LLMCaptioner
     >>> encoder = ClapEncoder.from_pretrained("mini")
     >>> bridge = DiffusionLink.from_pretrained("results/mini/checkpoints/bridge")
+    >>> captioner = LLMCaptioner.from_pretrained("results/mini/checkpoints/captioner")
     >>> bridged_emb = bridge(encoder.embed_audio(waveforms, sampling_rate))      # (B, D) float32, unit norm
+    >>> captions = captioner.generate(bridged_emb)                               # list of B strings
 """
 from __future__ import annotations
 
@@ -38,6 +42,8 @@ EXPORTS = {                      # public name: the module that defines it
     "DDIMScheduler": "bridge.scheduler",
     "DiffusionLink": "bridge.network",
     "train_bridge": "bridge.training",
+    "LLMCaptioner": "captioner.captioner",
+    "train_captioner": "captioner.training",
 }
 __all__ = list(EXPORTS)
 

@@ -6,8 +6,12 @@ what to do; the others are done all the same.
 """
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -53,7 +57,7 @@ def read_windows(path: str | Path) -> Iterator[Window]:
     if path.is_dir():
         raise AudioError(f"{path}: is a folder; name the files in it")
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(os.fsencode(path)) as file:                         # bytes: a name need not be UTF-8
             rate, block = file.samplerate, WINDOW_S * file.samplerate
             while True:
                 samples = file.read(block, dtype="float32", always_2d=True)          # (samples, channels)
@@ -151,7 +155,9 @@ def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = 
         Exit code: 0, or 1 if a file failed or the weights are missing.
     """
     try:
-        captions = load_captions(profile, bridge)
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():      # stdout is for captions, stderr for files
+            warnings.simplefilter("ignore")
+            captions = load_captions(profile, bridge)
     except (MissingWeights, ModuleNotFoundError, ValueError) as error:              # absent, or damaged: each says what to do
         print(f"caption: {printable(str(error))}", file=sys.stderr)
         return 1
