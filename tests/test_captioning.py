@@ -14,7 +14,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dl import captioning
 from dl.captioner.captioner import LLMCaptioner
-from dl.captioning import Row, caption_pairs, caption_rows, decoder_fit, decoder_pairs, disjoint_halves, fit_captioner, score_and_record, system_vectors
+from dl.captioning import (
+    Row,
+    caption_pairs,
+    caption_rows,
+    decoder_fit,
+    decoder_pairs,
+    disjoint_halves,
+    fit_captioner,
+    score_and_record,
+    system_vectors,
+)
 from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
 from dl.data import Split
 from dl.encoder.clap import Embeddings

@@ -35,7 +35,8 @@ def plot_losses(histories: dict[str, pd.DataFrame]) -> tuple[Figure, pd.DataFram
         axes[1].plot(seen.step, seen.val_loss, color=colour, linestyle=line, marker=marker, label=name)
     axes[0].set(title="training", xlabel="step", ylabel="loss (nats a token)")
     axes[1].set(title="val", xlabel="step")
-    axes[0].legend(title="decoder trained on", loc="upper right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="decoder trained on", loc="outside right upper")
     return figure, pd.concat([history.assign(decoder=name) for name, history in histories.items()], ignore_index=True)
 
 
