@@ -42,7 +42,6 @@ FITS: dict[str, list[Trial]] = {                              # eight a system; 
     "pls_head": grid(num_directions=[10, 20, 30, 50, 70, 100, 150, 256]),
     "projection": grid(scale=[5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0]),
     "regression_mlp": grid(learning_rate=LEARNING_RATES, dropout=[0.1, 0.3]),
-    "regression_mlp_topology": grid(topology_weight=[0.1, 1.0, 3.0, 10.0], learning_rate=[5e-4, 1e-3]),
     "seed": grid(learning_rate=LEARNING_RATES, dropout=[0.0, 0.1]),
     "diffusion_link": grid(topology_weight=[0.0, 0.1, 1.0, 10.0], learning_rate=[5e-4, 1e-3]),
     "diffusion_bridge": grid(learning_rate=[8e-5, 2.5e-4, 5e-4, 1e-3], batch_size=[64, 256]),
