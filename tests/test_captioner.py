@@ -205,10 +205,10 @@ def test_several_captions_an_embedding_stand_side_by_side(captioner, embeddings)
     assert captioner.generate(embeddings[:0]) == []
 
 
-def test_generation_drops_nothing_out_and_keeps_the_mode(captioner, embeddings):
+def test_generation_drops_nothing_out_and_keeps_the_mode(folder, embeddings):
+    captioner = shake(LLMCaptioner(D, tiny_config(folder, lora_dropout=0.5)))
     quiet = captioner.generate(embeddings)
     assert captioner.train().generate(embeddings) == quiet and captioner.training
-    assert captioner.generate(embeddings, max_new_tokens=2) == [text[:2].strip() for text in quiet] or max(map(len, quiet)) > 2
 
 
 # ----------------------------------------------------------------------------------------------------------------- storage

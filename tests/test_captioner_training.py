@@ -124,7 +124,10 @@ def test_same_seed_same_bytes(folder, pairs, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"validate_every": 2, "patience": 5}])
 def test_resumed_run_equals_an_undisturbed_one(folder, pairs, tmp_path, options):
-    more = {"checkpoint_every": 3, "config": options, "val": (pairs[0][:4], pairs[1][:4]) if options else None}
+    def validate(captioner: LLMCaptioner) -> float:
+        return -weights(captioner).abs().sum().item()                             # weights grow: the first validation is the best
+
+    more = {"checkpoint_every": 3, "config": options, "val": (pairs[0][:4], pairs[1][:4]), "validate": validate if options else None}
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     first, first_history, _ = train(folder, pairs, whole, **more)
     assert train(folder, pairs, broken, interrupt=7, **more)[2] == [1, 2, 3, 4, 5, 6, 7]
@@ -137,6 +140,8 @@ def test_resumed_run_equals_an_undisturbed_one(folder, pairs, tmp_path, options)
     assert broken.with_suffix(".csv").read_bytes() == whole.with_suffix(".csv").read_bytes()
     assert torch.equal(weights(first), weights(second))
     pd.testing.assert_frame_equal(first_history, second_history)
+    if options:
+        assert first_history.val_score.dropna().idxmax() == first_history.val_score.first_valid_index()
 
 
 def test_finished_fit_is_loaded_and_another_is_not(folder, pairs, tmp_path, capsys):
@@ -186,8 +191,9 @@ def test_what_cannot_be_trained_is_refused_in_one_line(folder, pairs):
     holed = pairs[0].clone()
     holed[0, 0] = float("inf")
     for wrong, options, words in (
-        ((holed, pairs[1]), {}, "NaN or infinity"), ((pairs[0][:, :-1], pairs[1]), {}, "wide"), ((pairs[0], pairs[1][:-1]), {}, "22 embeddings for 21"),
-        ((pairs[0][:0], []), {}, "at least one"), ((pairs[0], ["", *pairs[1][1:]]), {}, "caption 0 is empty"),
+        ((holed, pairs[1]), {}, "NaN or infinity"), ((pairs[0][:, :-1], pairs[1]), {}, "wide"),
+        ((pairs[0], pairs[1][:-1]), {}, "22 embeddings for 21"), ((pairs[0][:0], []), {}, "at least one"),
+        ((pairs[0], ["", *pairs[1][1:]]), {}, "caption 0 is empty"),
         (pairs, {"config": {"patience": 2}}, "give val or validate"), (pairs, {"config": {"lr_schedule": "linear"}}, "constant or cosine"),
     ):
         with pytest.raises(ValueError, match=words) as error:
@@ -220,7 +226,8 @@ def validate(captioner):
     assert rank == "0"
     return 1.0 + float(captioner.projector[0].weight.sum())
 
-history = train_captioner(captioner, embeddings, captions, checkpoint_path=f"{out}/two.safetensors", val=(embeddings[:5], captions[:5]), validate=validate)
+history = train_captioner(captioner, embeddings, captions, checkpoint_path=f"{out}/two.safetensors", val=(embeddings[:5], captions[:5]),
+                          validate=validate)
 assert torch.distributed.get_world_size() == 2 and torch.distributed.get_backend() == "gloo"
 save_file(captioner.trainable_state(), f"{out}/process{rank}.safetensors")
 history.to_csv(f"{out}/process{rank}.csv", index=False)
@@ -232,13 +239,14 @@ def test_two_processes_train_like_one(folder, pairs, tmp_path):
     save_file({"embeddings": pairs[0]}, tmp_path / "data.safetensors")
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     # --multi_gpu makes accelerate start torchrun; --cpu would start one process only
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "0", str(tmp_path / "script.py"), str(folder), str(tmp_path), *pairs[1]]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+              str(tmp_path / "script.py"), str(folder), str(tmp_path), *pairs[1]]
     result = subprocess.run(launch, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     config = {"batch_size": 5, "gradient_accumulation_steps": 2, "lora_dropout": 0.0, "train_steps": 6, "validate_every": 3, "patience": 9}
     one, history, _ = train(folder, pairs, config=config, val=(pairs[0][:5], pairs[1][:5]),
-                            validate=lambda captioner: 1.0 + float(captioner.projector[0].weight.sum()))
+                            validate=lambda captioner: 1.0 + captioner.projector[0].weight.sum().item())
     expected = {name: value for name, value in one.trainable_state().items()}
     for process in (0, 1):
         pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"process{process}.csv"), history, rtol=1e-4)
