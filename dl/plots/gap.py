@@ -131,8 +131,9 @@ def plot_paths(paths: dict[str, np.ndarray], text: np.ndarray) -> Figure:
     """
     figure, axes = panels(len(paths), height=2.7, sharex=True, sharey=True)
     for axis, (title, path) in zip(axes, paths.items(), strict=True):
-        axis.scatter(*text.T, s=6, color=COLOURS["text"], marker=MARKERS["text"], alpha=0.35, linewidth=0, label="text")
-        axis.plot(path[:, :, 0], path[:, :, 1], color=GREY, linewidth=0.7, marker="." if len(path) <= 12 else None, markersize=3, zorder=2)
+        axis.scatter(*text.T, s=6, color=COLOURS["text"], marker=MARKERS["text"], alpha=0.35, linewidth=0, label="text", rasterized=True)
+        axis.plot(path[:, :, 0], path[:, :, 1], color=GREY, linewidth=0.7, marker="." if len(path) <= 12 else None, markersize=3, zorder=2,
+                  rasterized=True)
         for role, xy, label in (("audio", path[0], "noised audio"), ("bridged", path[-1], "answer")):
             axis.scatter(*xy.T, s=16, color=COLOURS[role], marker=MARKERS[role], linewidth=0, zorder=3, label=label)
         axis.set(title=title, xlabel="coordinate 1", ylabel="coordinate 2" if axis is axes[0] else "")
