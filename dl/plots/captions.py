@@ -29,7 +29,8 @@ def plot_losses(histories: dict[str, pd.DataFrame]) -> tuple[Figure, pd.DataFram
         The figure, and the data behind it.
     """
     figure, axes = panels(2, height=2.1, sharey=True)
-    for (name, history), (colour, marker, line) in zip(histories.items(), LINES * len(histories), strict=False):
+    for (name, history), (_, marker, line) in zip(histories.items(), LINES * len(histories), strict=False):
+        colour = COLOURS["text"] if name.startswith("text") else system_colour(name)
         axes[0].plot(history.step, history.loss, color=colour, linestyle=line, label=name)
         seen = history.dropna(subset="val_loss")
         axes[1].plot(seen.step, seen.val_loss, color=colour, linestyle=line, marker=marker, label=name)
