@@ -209,10 +209,11 @@ class RowFile:
         ordered = [kept[key] for key in sorted(kept, key=lambda key: [_order(part) for part in key])]
         atomic_write(self.path, csv_text(ordered, self.columns))
 
-    def remove(self, **where: str) -> int:
-        """Drop the rows whose columns equal ``where`` (a stage clears its own rows before it records); return how many."""
+    def remove(self, **where: str | list[str]) -> int:
+        """Drop the rows whose columns equal ``where``, or one of a list (a stage clears its own rows before it records); return how many."""
         rows = self.read()
-        kept = [row for row in rows if any(row[column] != str(value) for column, value in where.items())]
+        wanted = {column: {str(value) for value in (values if isinstance(values, list) else [values])} for column, values in where.items()}
+        kept = [row for row in rows if any(row[column] not in values for column, values in wanted.items())]
         if len(kept) < len(rows):
             atomic_write(self.path, csv_text(kept, self.columns))
         return len(rows) - len(kept)

@@ -67,6 +67,7 @@ def test_rows_with_the_same_key_are_replaced_and_order_does_not_depend_on_calls(
     assert one.path.read_bytes() == two.path.read_bytes()
     assert [(r["system"], r["seed"]) for r in one.read()] == [(s, k) for s in ("raw", "diffusion_link", "zz") for k in ("9", "10", "all")]
     assert one.remove(system="raw") == 3 and len(one.read()) == 6
+    assert one.remove(system=["zz", "nothing"], seed=[9, "all"]) == 2 and len(one.read()) == 4
     with pytest.raises(ValueError, match="unknown columns"):
         one.add([{"sytem": "raw"}])
 
