@@ -59,20 +59,21 @@ def plot_systems(frame: pd.DataFrame, metrics: list[str], split: str = "test") -
 
 @house_style
 def plot_trade_off(frame: pd.DataFrame, x: str = "rmg", y: str = "recall_at_10", split: str = "test") -> tuple[Figure, pd.DataFrame]:
-    """One metric against another, a point with both 95 % intervals for each system; bounds left out.
+    """One metric against another, a numbered point with both 95 % intervals for each system; bounds left out.
 
     Returns:
         The figure, and the data behind it.
     """
     data = summary(frame, [x, y], split, bounds=False)
-    wide = data.pivot(index="system", columns="metric")
-    figure, (axis,) = panels(1, width=1.4 * COLUMN, height=2.9)
-    markers = dict(zip(wide.index, "oPXsv^<>Dd*hpH8+x12", strict=False))
-    for system, row in wide.iterrows():
-        px, py = row["value", x], row["value", y]
-        error = {"xerr": [[px - row["ci_low", x]], [row["ci_high", x] - px]], "yerr": [[py - row["ci_low", y]], [row["ci_high", y] - py]]}
-        axis.errorbar(px, py, **{k: [[max(0.0, v[0][0])], [max(0.0, v[1][0])]] for k, v in error.items()}, fmt=markers[system],
-                      color=system_colour(system), markersize=5, elinewidth=0.7, label=system)
+    wide = data.pivot(index="system", columns="metric").loc[list(dict.fromkeys(data.system))]
+    figure, (axis,) = panels(1, width=1.7 * COLUMN, height=3.3)
+    for number, (system, row) in enumerate(wide.iterrows(), 1):
+        px, py, colour = row["value", x], row["value", y], system_colour(system)
+        bright = 0.25 if colour == GREY else 0.8
+        axis.plot([row["ci_low", x], row["ci_high", x]], [py, py], color=colour, linewidth=0.7, alpha=bright)
+        axis.plot([px, px], [row["ci_low", y], row["ci_high", y]], color=colour, linewidth=0.7, alpha=bright)
+        axis.plot(px, py, "o", color="white", markersize=8, zorder=3)
+        axis.plot(px, py, linestyle="", marker=f"${number}$", markersize=7, markeredgewidth=0.2, color="black" if colour == GREY else colour, label=system, zorder=4)
     axis.set(xlabel=TITLES.get(x, x) + " (smaller is nearer)", ylabel=TITLES.get(y, y))
     figure.legend(loc="outside right center")
     return figure, data
