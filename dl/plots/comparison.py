@@ -73,7 +73,8 @@ def plot_trade_off(frame: pd.DataFrame, x: str = "rmg", y: str = "recall_at_10",
         axis.plot([row["ci_low", x], row["ci_high", x]], [py, py], color=colour, linewidth=0.7, alpha=bright)
         axis.plot([px, px], [row["ci_low", y], row["ci_high", y]], color=colour, linewidth=0.7, alpha=bright)
         axis.plot(px, py, "o", color="white", markersize=8, zorder=3)
-        axis.plot(px, py, linestyle="", marker=f"${number}$", markersize=7, markeredgewidth=0.2, color="black" if colour == GREY else colour, label=system, zorder=4)
+        axis.plot(px, py, linestyle="", marker=f"${number}$", markersize=7, markeredgewidth=0.2, label=system, zorder=4,
+                  color="black" if colour == GREY else colour)
     axis.set(xlabel=TITLES.get(x, x) + " (smaller is nearer)", ylabel=TITLES.get(y, y))
     figure.legend(loc="outside right center")
     return figure, data
