@@ -25,7 +25,6 @@ from torch.nn.functional import normalize
 
 from dl.bridge.checkpoint import fingerprint
 from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.language_model import resolve_dtype
 from dl.captioner.training import INFERENCE_FIELDS, SOURCES, train_captioner
 from dl.config import Profile
 from dl.data import Split
@@ -33,6 +32,7 @@ from dl.encoder.clap import Embeddings
 from dl.experiments import chosen, fit_system
 from dl.metrics.caption_runs import CaptionResults, Run, candidates_path, score_caption_runs, write_candidates
 from dl.peers import REGISTRY, build, centre
+from dl.precision import resolve_dtype
 from dl.results import MetricsFile, atomic_write
 
 NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed

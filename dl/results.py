@@ -116,6 +116,11 @@ def git_sha() -> str:
         return "unknown"
 
 
+def short_sha(commit: str) -> str:
+    """The first 12 digits of a commit, its ``-dirty`` kept."""
+    return commit[:12] + commit[40:]
+
+
 def config_sha256(profile: Profile) -> str:
     """Hash of a profile's settings; folders count by their last name, so that moving a checkout changes nothing."""
     settings = asdict(profile)
@@ -248,8 +253,9 @@ class MetricsFile(RowFile):
         super().__init__(profile.results_dir / "metrics.csv", METRIC_COLUMNS, METRIC_KEY)
         commit, config = git_sha(), config_sha256(profile)
         self.run = {
-            "run_id": f"{profile.name}-{config[:8]}-{commit[:8]}", "dataset": profile.data_dir.name, "config_sha256": config, "git_sha": commit,
-            "versions": "; ".join(f"{name} {number}" for name, number in list(library_versions().items())[:5]), "device": device_name(),
+            "run_id": f"{profile.name}-{config[:8]}-{commit[:8]}", "dataset": profile.data_dir.name, "config_sha256": config[:16],
+            "git_sha": short_sha(commit), "device": device_name(),       # whole hashes and every version: provenance.json
+            "versions": "; ".join(f"{name} {number}" for name, number in library_versions().items() if name in ("python", "torch")),
         }
 
     def add(self, rows: list[dict]) -> None:

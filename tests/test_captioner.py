@@ -17,9 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from dl.captioner import language_model
 from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.language_model import SMOLLM2, load_language_model, resolve_dtype
+from dl.captioner.language_model import SMOLLM2, load_language_model
 from dl.captioner.training import train_captioner
 from dl.config import CaptionerConfig
+from dl.precision import resolve_dtype
 
 D = 16
 CAPTIONS = ["A dog barks", "Rain falls on a tin roof while a man is speaking", "Birds", "An engine idles and then revs up", "A bell rings"]

@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dl.bridge.training import seeded
-from dl.captioner.language_model import load_language_model, model_revision, resolve_dtype
+from dl.captioner.language_model import load_language_model, model_revision
 from dl.config import CaptionerConfig
+from dl.precision import resolve_dtype
 from dl.results import atomic_write
 
 TARGETS = ("q_proj", "v_proj")   # [peer: DRCap] the layers that get LoRA

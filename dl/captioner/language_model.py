@@ -22,7 +22,6 @@ from transformers.utils import logging
 from dl.results import sha256_file
 
 SMOLLM2 = "smollm2-135m-instruct"                              # HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_language_model(
@@ -69,27 +68,6 @@ def load_language_model(
 def model_revision(name: str, model: PreTrainedModel, revision: str | None = None) -> str | None:
     """What names these very weights: the sha256 of the package's file, the commit of a hub model, None for a folder."""
     return sha256_file(smollm2_gguf()) if name == SMOLLM2 else getattr(model.config, "_commit_hash", None) or revision
-
-
-def resolve_dtype(dtype: str) -> torch.dtype:
-    """The dtype of the frozen weights: "float32", "bfloat16", or "auto" for what the machine computes fastest.
-
-    "auto" is bfloat16 where the GPU or the CPU (AMX or AVX512-BF16) multiplies bfloat16 in hardware, else float32. Measured on a
-    CPU with AVX512-BF16: a training step takes about half the time of float32.
-
-    Raises:
-        ValueError: another word.
-    """
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        raise ValueError(f"unknown dtype {dtype!r}: choose auto, float32 or bfloat16")
-    if torch.cuda.is_available():
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities = torch.cpu.get_capabilities()
-        fast = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
-    return torch.bfloat16 if fast else torch.float32
 
 
 def smollm2_gguf() -> Path:

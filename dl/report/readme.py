@@ -37,9 +37,29 @@ def claims_table(results: Path) -> str:
         ours = "–"
         if row.ours:
             system, metric = (re.search(rf"{key}=([^,]+)", row.evidence)[1] for key in ("system", "metric"))
-            ours = f"{metric}, {system}: {float(row.ours):+.3f}" + (f" [{float(row.ci_low):+.3f}, {float(row.ci_high):+.3f}]" if row.ci_low else "")
+            form = "+.1%" if metric.endswith("_relative_gain") else "+.3f"
+            ends = f" [{float(row.ci_low):{form}}, {float(row.ci_high):{form}}]" if row.ci_low else ""
+            ours = f"{metric}, {system}: {float(row.ours):{form}}{ends}"
         rows.append([row.id, row.claim, row.paper_value, ours, row.verdict.replace("_", " ")])
     return markdown_table(["", "claim", "paper", "ours", "verdict"], rows, left=5)
+
+
+def captions_table(results: Path) -> str:
+    """Both settings of ``table2.csv``: CIDEr-D, METEOR and sentence similarity, and the relative gain of CIDEr-D over raw."""
+    table = pd.read_csv(results / "table2.csv", dtype=str, keep_default_na=False)
+    rows = []
+    for _, row in table[table.space == "text"].iterrows():
+        cells = [row.experiment.replace("_", "-").replace(":", ", "), f"`{row.system}`", row.n_seeds]
+        for metric in ("cider_d", "meteor", "sbert_sim"):
+            ends = f" [{float(row[metric + '_ci_low']):.3f}, {float(row[metric + '_ci_high']):.3f}]" if row[metric + "_ci_low"] else ""
+            cells.append(f"{float(row[metric]):.3f}{ends}" if row[metric] else "n/c")
+        gain = "cider_d_relative_gain"
+        cells.append(f"{float(row[gain]):+.1%} [{float(row[gain + '_ci_low']):+.1%}, {float(row[gain + '_ci_high']):+.1%}]"
+                     if row[gain] and row[gain + "_ci_low"] else "–")
+        rows.append(cells)
+    first = table.iloc[0]
+    return (f"Test, n = {first.n_items} clips, {first.decoding}, 95 % intervals over recordings and training seeds.\n\n"
+            + markdown_table(["setting", "system", "seeds", "CIDEr-D ↑", "METEOR ↑", "sbert_sim (all-MiniLM-L6-v2) ↑", "CIDEr-D over raw"], rows, left=2))
 
 
 def encoder_table(results: Path) -> str:
@@ -57,7 +77,9 @@ def timing_table(results: Path) -> str:
     return markdown_table(["stage", "device", "seconds", "peak memory (MB)"], rows)
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"gap": gap_table, "claims": claims_table, "encoder": encoder_table, "timing": timing_table}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "gap": gap_table, "captions": captions_table, "claims": claims_table, "encoder": encoder_table, "timing": timing_table,
+}
 
 
 def render(readme: str, results: Path) -> str:
