@@ -1,14 +1,24 @@
 """Figures and sound players: one function a figure; ``style`` is what they share."""
 from dl.plots.captions import label_gains, plot_caption_scores, plot_gains, plot_label_gains, plot_losses
 from dl.plots.comparison import plot_systems, plot_trade_off
-from dl.plots.data import envelope_frame, plot_alignment, plot_circles, plot_layouts, plot_recordings, plot_scene, points_frame, score_frame
+from dl.plots.data import (
+    envelope_frame,
+    plot_alignment,
+    plot_circles,
+    plot_encoder_training,
+    plot_layouts,
+    plot_recordings,
+    plot_scene,
+    points_frame,
+    score_frame,
+)
 from dl.plots.gap import plot_maps, plot_paths, plot_planes, plot_schedule, plot_start_steps, plot_training
 from dl.plots.listen import audio_player, thread_clip
 from dl.plots.style import COLOURS, COLUMN, GREY, MARKERS, PAGE, house_style, panels, save_figure, scatter_roles
 
 __all__ = [
     "COLOURS", "COLUMN", "GREY", "MARKERS", "PAGE", "audio_player", "envelope_frame", "house_style", "label_gains", "panels", "plot_alignment",
-    "plot_caption_scores", "plot_circles", "plot_gains", "plot_label_gains", "plot_layouts", "plot_losses", "plot_maps", "plot_paths",
+    "plot_caption_scores", "plot_circles", "plot_encoder_training", "plot_gains", "plot_label_gains", "plot_layouts", "plot_losses", "plot_maps", "plot_paths",
     "plot_planes", "plot_recordings", "plot_scene", "plot_schedule", "plot_start_steps", "plot_systems", "plot_trade_off",
     "plot_training", "points_frame", "save_figure", "scatter_roles", "score_frame", "thread_clip",
 ]

@@ -116,6 +116,23 @@ def plot_alignment(cosines: pd.DataFrame, recalls: pd.DataFrame) -> Figure:
 
 # --------------------------------------------------------------------------------------------------- A1: build the mini corpus
 @house_style
+def plot_encoder_training(history: pd.DataFrame) -> Figure:
+    """Left: InfoNCE a batch. Right: recall on val, one of the five own captions among the first 1 or 10 of all, by epoch.
+
+    Args:
+        history: ``epoch``, ``loss``, ``recall_at_1``, ``recall_at_10`` (``history.csv`` of mini-CLAP).
+    """
+    figure, (left, right) = panels(2, width=1.6 * COLUMN, height=2.0)
+    left.plot(history.epoch, history.loss, marker="o", color="black")
+    left.set(xlabel="epoch", ylabel="InfoNCE (nats)", ylim=(0, None))
+    for column, marker, line in (("recall_at_10", "o", "-"), ("recall_at_1", "s", "--")):
+        right.plot(history.epoch, history[column], marker=marker, linestyle=line, color=COLOURS["audio"], label=column.replace("recall_at_", "R@"))
+    right.set(xlabel="epoch", ylabel="recall on val", ylim=(0, 1))
+    right.legend()
+    return figure
+
+
+@house_style
 def plot_layouts(scenes: pd.DataFrame, seconds: dict[str, float]) -> Figure:
     """One scene of every layout as a score: a bar for each recording, from its start to its end, thinner where it is quieter.
 
