@@ -85,7 +85,8 @@ def plot_gains(frame: pd.DataFrame) -> Figure:
     figure, (axis,) = panels(1, width=1.4 * COLUMN, height=2.7)
     axis.axhline(0, color=GREY, linewidth=0.7)
     axis.axvline(0, color=GREY, linewidth=0.7)
-    axis.scatter(frame.pair_cosine_gain, frame.cider_d_gain, s=9, color=COLOURS["bridged"], marker="^", alpha=0.5, linewidth=0, label="a test clip")
+    axis.scatter(frame.pair_cosine_gain, frame.cider_d_gain, s=9, color=COLOURS["bridged"], marker="^", alpha=0.5, linewidth=0, label="a test clip",
+                 rasterized=True)
     order = np.argsort(frame.pair_cosine_gain.to_numpy(), kind="stable")
     means = pd.DataFrame([frame.iloc[part][["pair_cosine_gain", "cider_d_gain"]].mean() for part in np.array_split(order, min(6, len(frame)))])
     axis.plot(means.pair_cosine_gain, means.cider_d_gain, color="black", marker="s", label="mean of a sixth of the clips")
