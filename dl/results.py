@@ -242,6 +242,9 @@ class MetricsFile(RowFile):
     resampled one by one). A subset of a split is written after a colon: ``test:seen``. ``space`` is text, centred or audio;
     ``decoding`` is blank where nothing is decoded.
 
+    Hashes stand in it with their first digits, 16 (commits 12); a test set's ids give the whole one (``dl.data.ids_sha256``),
+    ``provenance.json`` the others.
+
     Args:
         profile: gives the folder, the configuration's hash and the run id ``<profile>-<config>-<commit>``.
 
@@ -254,7 +257,7 @@ class MetricsFile(RowFile):
         commit, config = git_sha(), config_sha256(profile)
         self.run = {
             "run_id": f"{profile.name}-{config[:8]}-{commit[:8]}", "dataset": profile.data_dir.name, "config_sha256": config[:16],
-            "git_sha": short_sha(commit), "device": device_name(),       # whole hashes and every version: provenance.json
+            "git_sha": short_sha(commit), "device": device_name(),
             "versions": "; ".join(f"{name} {number}" for name, number in library_versions().items() if name in ("python", "torch")),
         }
 
@@ -268,7 +271,7 @@ class MetricsFile(RowFile):
         """
         complete = []
         for row in rows:
-            row = {**self.run, "space": "text", **row}
+            row = {**self.run, "space": "text", **row, "ids_sha256": str(row.get("ids_sha256") or "")[:16]}
             value = row.get("value")
             if value is None or value == "" or not math.isfinite(float(value)):
                 if not row.get("reason"):

@@ -254,7 +254,7 @@ def test_rows_reach_table_2_and_the_verdicts(results, profile, split):
     frame = file.frame()
     whole = frame[(frame.experiment == "zero_shot") & (frame.split == "test")]
     assert set(whole.metric) == set(METRICS) and set(whole.decoding) == {"greedy"} and set(whole.n_items) == {str(N)}
-    assert whole.ids_sha256.nunique() == 1 and len(whole.ids_sha256.iloc[0]) == 64
+    assert whole.ids_sha256.nunique() == 1 and len(whole.ids_sha256.iloc[0]) == 16
     assert set(frame.split) >= {"test:seen", "test:unseen", "test:heldout_phrasing", "test:known_phrasing"}
     cider = whole[(whole.metric == "cider_d") & (whole.seed == "all")].set_index("system")
     assert (cider.ci_low < cider.value).all() and (cider.value < cider.ci_high).all()
