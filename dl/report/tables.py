@@ -158,7 +158,7 @@ def _cell(row: dict, metric: str) -> str:
     if math.isnan(value):
         return "n/c"
     shown = {"best": "**{}**", "tie": "*{}*"}.get(row.get(metric + "_mark", ""), "{}").format(_number(value))
-    if not math.isnan(row[metric + "_sd"]):
+    if not math.isnan(row.get(metric + "_sd", math.nan)):
         shown += f" ± {_number(row[metric + '_sd'], value)}"
     if not math.isnan(row[metric + "_ci_low"]):
         shown += f" [{_number(row[metric + '_ci_low'], value)}, {_number(row[metric + '_ci_high'], value)}]"
