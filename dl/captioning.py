@@ -65,18 +65,19 @@ SUPERVISED = (Row("raw", "raw"), Row("diffusion_link", "diffusion_link"))
 OWN_DECODERS = (Row("capdec", "text_noised"), Row("c3", "text_centred", "centred"), Row("diffusion_bridge", "text_bridged", "centred"))
 
 
-def zero_shot_rows(profile: Profile, full: bool = False) -> tuple[Row, ...]:
+def zero_shot_rows(profile: Profile, full: bool = False, own_decoders: bool = True) -> tuple[Row, ...]:
     """The rows of the zero-shot setting.
 
     Args:
         full: every mapping that has a closed form or was tuned on val (an untuned one would be compared unfairly), and the methods
             with decoders of their own. ``capdec`` with the common decoder would be ``raw`` once more and is left out.
+        own_decoders: False leaves the latter out of a full run: three more decoders a seed.
     """
     if not full:
         return ZERO_SHOT
     tuned = [name for name, peer in REGISTRY.items() if name not in ("capdec", "text_to_audio")
              and (not getattr(peer, "trained", False) or chosen(profile, name))]
-    return (*(Row(name) for name in tuned), *OWN_DECODERS, Row("text_ceiling"))
+    return (*(Row(name) for name in tuned), *(OWN_DECODERS if own_decoders else ()), Row("text_ceiling"))
 
 
 def supervised_rows(full: bool = False) -> tuple[Row, ...]:
@@ -284,7 +285,7 @@ def disjoint_rows(profile: Profile, seed: int, train: Embeddings, split: Split, 
 # --------------------------------------------------------------------------------------------------------- scores and files
 def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict[Row, list[str]]], test: Embeddings, split: Split, *,
                      num_beams: int | None = None, strict: bool | None = None) -> CaptionResults:
-    """Score a setting's captions; its rows in ``metrics.csv`` and its files in ``captions/`` replace those of an earlier run.
+    """Score a setting's captions; its rows in ``metrics.csv`` and its file in ``captions/`` replace those of an earlier run.
 
     Args:
         experiment: zero_shot, zero_shot:disjoint or supervised.
@@ -302,9 +303,9 @@ def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict
             runs.setdefault((row.system, row.space), []).append((seed, NOISE_SEED, texts))
     results = score_caption_runs(profile, experiment, runs, split, clip_ids=test.clip_ids, decoding=decoding, strict=strict)
     name, references = experiment.replace(":", "-"), [split.captions[split.clip_ids.index(clip_id)] for clip_id in test.clip_ids]
-    written = [write_candidates(candidates_path(profile, name, *key, decoding), test.clip_ids, of_system, references) for key, of_system in runs.items()]
-    for path in set(written[0].parent.glob(f"{name}_*.csv")) - set(written):
-        path.unlink()
+    written = write_candidates(candidates_path(profile, name, decoding), test.clip_ids, runs, references)
+    for path in {written.with_name(f"{name}.csv"), *written.parent.glob(f"{name}_*.csv")} - {written}:
+        path.unlink(missing_ok=True)
     file = MetricsFile(profile)
     for recorded in (experiment, f"{experiment}:paired"):
         file.remove(experiment=recorded)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 
 import pandas as pd
@@ -20,8 +20,8 @@ from dl.bridge.network import INFERENCE_FIELDS
 from dl.config import REPO, BridgeConfig, Profile
 from dl.data import Split, ids_sha256
 from dl.encoder.clap import Embeddings
-from dl.metrics.bootstrap import HEAVY_SAMPLES, SystemScores, make_draws, make_reference, paired_difference, score_system, text_floor
-from dl.metrics.gap import gap_metrics
+from dl.metrics.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
+from dl.metrics.gap import gap_functions, gap_metrics
 from dl.peers import REGISTRY, Peer, build
 from dl.peers.trained import DiffusionLinkPeer
 from dl.report.claims import TUNING_METRIC, comparisons
@@ -42,6 +42,7 @@ FITS: dict[str, list[Trial]] = {                              # eight a system; 
     "pls_head": grid(num_directions=[10, 20, 30, 50, 70, 100, 150, 256]),
     "projection": grid(scale=[5.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0, 200.0]),
     "regression_mlp": grid(learning_rate=LEARNING_RATES, dropout=[0.1, 0.3]),
+    "regression_mlp_topology": grid(topology_weight=[0.1, 1.0], learning_rate=[5e-4, 1e-3], dropout=[0.1, 0.3]),
     "seed": grid(learning_rate=LEARNING_RATES, dropout=[0.0, 0.1]),
     "diffusion_link": grid(topology_weight=[0.0, 0.1, 1.0, 10.0], learning_rate=[5e-4, 1e-3]),
     "diffusion_bridge": grid(learning_rate=[8e-5, 2.5e-4, 5e-4, 1e-3], batch_size=[64, 256]),
@@ -154,17 +155,18 @@ def score_table(
         split: the test split, for recordings and labels.
 
     Returns:
-        ((system, space) -> scores; the rows for ``metrics.csv``). A centred system is also scored in its own space; the
-        paired differences that the verdict rules ask for are among the rows.
+        ((system, space) -> scores; the rows for ``metrics.csv``). A centred system is also scored in its own space, text_to_audio in
+        space audio alone: its mapped texts among the sounds. Parts of the split (``test:seen``) have the watched metrics; the paired
+        differences that the verdict rules ask for are among the rows.
     """
     place = [split.clip_ids.index(clip_id) for clip_id in test.clip_ids]               # clips may have been skipped
     frame = split.frame.iloc[place]
     labels = [frozenset(cell.split(";")) for cell in frame.labels] if "labels" in frame else None
     draws = make_draws([split.clusters[i] for i in place], profile.bootstrap_samples)
-    subsets = {"test": None} | ({
+    subsets = {
         "test:seen": (frame.seen == "1").to_numpy(), "test:unseen": (frame.seen == "0").to_numpy(),
         "test:new_source": (frame.shares_source == "0").to_numpy(),
-    } if "seen" in frame else {})
+    } if "seen" in frame else {}
     shared = {"experiment": "gap", "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
     scores: dict[tuple[str, str], SystemScores] = {}
     rows: list[dict] = []
@@ -177,24 +179,31 @@ def score_table(
             continue
         seeds = profile.seeds if REGISTRY[system].trained else (0,)
         peers = [fit_system(profile, system, train, seed, progress) for seed in seeds]
-        for space in ("text", "centred") if peers[0].centred else ("text",):
+        spaces, source = (("audio",), opposite(test)) if system == "text_to_audio" else (("text", "centred") if peers[0].centred else ("text",), test)
+        for space in spaces:
             means = (peers[0].audio_mean.float(), peers[0].text_mean.float()) if space == "centred" else None
-            space_reference = make_reference(test, labels, means)
+            space_reference = make_reference(source, labels, means)
             runs = [run for seed, peer in zip(seeds, peers, strict=True)
-                    for run in map_runs(peer, test.audio, seed, profile.noise_seeds, space)]
-            for name, mask in subsets.items() if space == "text" else [("test", None)]:
-                scored = score_system(system, runs, space_reference, draws, mask, HEAVY_SAMPLES if mask is None else 0)
-                rows += scored.rows(each_run=mask is None, **shared, split=name, space=space)
-                if name == "test":
-                    scores[system, space] = scored
-        rows += [{**shared, "system": system, "split": "test", "space": "text", "seed": "all", "noise_seed": "all", "n_items": len(test.clip_ids),
+                    for run in map_runs(peer, source.audio, seed, profile.noise_seeds, "text" if space == "audio" else space)]
+            functions = [(seed, noise_seed, gap_functions(vectors, space_reference)) for seed, noise_seed, vectors in runs]
+            scores[system, space] = score_clips(system, functions, draws)
+            rows += scores[system, space].rows(**shared, split="test", space=space)
+            watched = [(seed, noise_seed, {metric: of_run[metric] for metric in WATCHED}) for seed, noise_seed, of_run in functions]
+            for name, mask in subsets.items() if space == "text" else ():
+                rows += score_clips(system, watched, draws, mask, heavy_samples=0).rows(each_run=False, **shared, split=name, space=space)
+        rows += [{**shared, "system": system, "split": "test", "space": spaces[0], "seed": "all", "noise_seed": "all", "n_items": len(test.clip_ids),
                   "metric": metric, "value": value}
-                 for metric, value in (("parameters", peers[0].num_parameters), ("ms_per_1000", time_per_1000(peers[0], test.audio)))]
+                 for metric, value in (("parameters", peers[0].num_parameters), ("ms_per_1000", time_per_1000(peers[0], source.audio, repeats=3)))]
     ours = scores.get(("diffusion_link", "text"))
     for baseline in comparisons("gap"):
         if ours and (baseline, "text") in scores:
             rows += paired_difference(ours, scores[baseline, "text"], **{**shared, "experiment": "gap:paired"}, split="test", space="text")
     return scores, rows
+
+
+def opposite(embeddings: Embeddings) -> Embeddings:
+    """A split with the roles swapped, for text_to_audio: the first caption of each clip is what is mapped, its sound what is looked for."""
+    return replace(embeddings, audio=embeddings.first_text, text=embeddings.audio, text_clip=torch.arange(len(embeddings.clip_ids)), captions=[])
 
 
 def time_per_1000(peer: Peer, audio: Tensor, repeats: int = 5) -> float:

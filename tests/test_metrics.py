@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from dl.encoder.clap import Embeddings
 from dl.metrics import gap as metrics
 from dl.metrics.bootstrap import make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
-from dl.metrics.gap import Reference, gap_metrics, median_bandwidth
+from dl.metrics.gap import Reference, gap_functions, gap_metrics, median_bandwidth
 from dl.metrics.neighbours import ranking_scores, retrieval, top_k, weight_rows
 
 
@@ -434,6 +434,40 @@ def test_mask_scores_a_subset_against_the_whole_gallery():
     assert scores.n_items == 30
     assert scores.points["rmg"] == pytest.approx(metrics.rmg(audio[:30], text[:30]))
     assert scores.points["recall_at_1"] == pytest.approx(retrieval(audio, reference.gallery, reference.gallery_clip, mask[None].astype(float))["recall_at_1"])
+
+
+def test_functions_made_once_score_every_subset():
+    """Rankings and the classifier are made for all clips; a subset takes a few of the functions, with the numbers of its own scoring."""
+    audio, text = clouds(50)
+    reference, draws, mask = reference_of(text), make_draws([(str(i // 2),) for i in range(50)], 60), np.arange(50) < 30
+    functions, watched = gap_functions(audio, reference), ("rmg", "recall_at_10", "effective_rank")
+    whole = score_clips("raw", [(0, 0, functions)], draws)
+    part = score_clips("raw", [(0, 0, {metric: functions[metric] for metric in watched})], draws, mask, heavy_samples=0)
+    assert tuple(part.points) == watched and part.n_items == 30
+    for metric, value in gap_metrics(audio, reference).items():
+        assert whole.points[metric] == pytest.approx(value), metric
+    alone = score_system("raw", [(0, 0, audio)], reference, draws, mask, heavy_samples=0)
+    for metric in watched:
+        assert part.points[metric] == alone.points[metric] and np.array_equal(part.replicates[metric], alone.replicates[metric], equal_nan=True)
+    assert np.isnan(part.replicates["effective_rank"]).all() and np.isfinite(part.replicates["rmg"]).all()
+
+
+def test_heavy_metrics_do_not_depend_on_the_number_of_threads(monkeypatch):
+    audio, text = clouds(40)
+    draws = make_draws([(str(i),) for i in range(40)], 30)
+    values = {}
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        values[threads] = metrics.frechet_distance(audio, text, draws.cluster), metrics.effective_rank(audio, draws.cluster)
+    assert np.array_equal(values[1], values[3]) and np.isfinite(values[1]).all()
+    assert values[1][1][7] == metrics.effective_rank(audio, draws.cluster[7])[0], "in the order of the weightings"
+
+
+def test_a_weighting_without_clips_has_no_value():
+    audio, text = clouds(25)
+    weights = np.stack([np.zeros(25), np.ones(25)])
+    for name, value in gap_metrics(audio, reference_of(text), weights).items():
+        assert np.isnan(value[0]) and np.isfinite(value[1]), name
 
 
 def test_paired_difference_cancels_what_two_systems_share():

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dl.metrics.gap import Reference, gap_metrics, median_bandwidth, not_computed_reason
+from dl.metrics.gap import HEAVY, GapFunction, Reference, gap_functions, median_bandwidth, not_computed_reason
 from dl.metrics.neighbours import weighted_mean
 from dl.peers.base import centre
 
@@ -158,20 +158,8 @@ def score_system(system: str, mapped: list[tuple[int, int, ArrayLike]], referenc
         >>> raw = score_system("raw", [(0, 0, audio)], reference, draws)
         >>> MetricsFile(profile).add(raw.rows(experiment="gap", split="test"))
     """
-    kept = np.ones(len(reference.text)) if mask is None else np.asarray(mask, dtype=float)
-    points: dict[str, NDArray] = {}
-    weights = np.concatenate([draws.cluster, draws.clip]) * kept
-    replicates: dict[str, NDArray] = {}
-    runs = [(seed, noise_seed) for seed, noise_seed, _ in mapped]
-    drawn = _drawn_runs(runs, draws)
-    for run, (_, _, vectors) in enumerate(mapped):
-        mine = np.flatnonzero(np.tile(drawn == run, 2))
-        light = mine[mine < min(heavy_samples, len(drawn))]
-        for heavy, index in ((False, mine), (True, light)):
-            for metric, values in gap_metrics(vectors, reference, np.concatenate([kept[None], weights[index]]), heavy=heavy).items():
-                points.setdefault(metric, np.empty(len(mapped)))[run] = values[0]
-                replicates.setdefault(metric, np.full(len(weights), np.nan))[index] = values[1:]
-    return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
+    functions = [(seed, noise_seed, gap_functions(vectors, reference)) for seed, noise_seed, vectors in mapped]
+    return score_clips(system, functions, draws, mask, heavy_samples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +179,12 @@ class ClipCounts:
         return np.where(weights.sum(1) > 0, self.statistic(weights @ self.counts), np.nan)
 
 
-def score_clips(
-    system: str, scores: list[tuple[int, int, dict[str, ArrayLike | ClipCounts]]], draws: Draws, mask: NDArray | None = None
-) -> SystemScores:
-    """The same for metrics that are a mean over clips (CIDEr-D, ROUGE-L, ...) or a function of counts summed over clips (BLEU, METEOR).
+def score_clips(system: str, scores: list[tuple[int, int, dict[str, ArrayLike | ClipCounts | GapFunction]]], draws: Draws,
+                mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
+    """The same for any metrics: a mean over clips (CIDEr-D, ...), of counts summed over clips (BLEU, METEOR), or of ``gap_functions``.
 
     Args:
-        scores: (seed, noise_seed, metric -> (n,) score of each clip, or :class:`ClipCounts`) of each run.
+        scores: (seed, noise_seed, metric -> (n,) score of each clip, or a function of weights (R, n)) of each run.
     """
     kept = np.ones(draws.clip.shape[1]) if mask is None else np.asarray(mask, dtype=float)
     weights = np.concatenate([draws.cluster, draws.clip]) * kept
@@ -207,10 +194,13 @@ def score_clips(
     replicates = {metric: np.full(len(weights), np.nan) for metric in points}
     for run, (_, _, by_metric) in enumerate(scores):
         mine = np.flatnonzero(np.tile(drawn == run, 2))
+        few = mine[mine < min(heavy_samples, len(drawn))]
+        many_drawings, few_drawings = (np.concatenate([kept[None], weights[index]]) for index in (mine, few))
         for metric, values in by_metric.items():
-            drawings = np.concatenate([kept[None], weights[mine]])
-            stacked = values(drawings) if isinstance(values, ClipCounts) else weighted_mean(np.asarray(values, dtype=float), drawings)
-            points[metric][run], replicates[metric][mine] = stacked[0], stacked[1:]
+            index, drawings = (few, few_drawings) if metric in HEAVY else (mine, many_drawings)
+            with np.errstate(divide="ignore", invalid="ignore"):      # a degenerate weighting or set of vectors gives NaN
+                stacked = values(drawings) if callable(values) else weighted_mean(np.asarray(values, dtype=float), drawings)
+            points[metric][run], replicates[metric][index] = stacked[0], stacked[1:]
     return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
 
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ Run = tuple[int, int, list[str]]                  # training seed of decoder and
 Key = tuple[str, str]                             # system, space
 OURS, BASELINE = "diffusion_link", "raw"
 RELATIVE = "cider_d"                              # the claims speak of its relative gain
+COLUMN_NAME = re.compile(r"(?P<system>\w+?)(?P<space>_centred)?_seed_(?P<seed>\d+)(?:_noise_(?P<noise>\d+))?")   # see candidates_column
 
 
 @dataclass(eq=False)
@@ -62,7 +66,7 @@ def score_caption_runs(
     Returns:
         rows: on the split each run and the sum over runs, on subsets the sum over runs. Under ``<experiment>:paired``: diffusion_link
         minus every other system, in every metric; and relative gains in CIDEr-D (``cider_d_relative_gain``, 0.15 is 15 %), of
-        diffusion_link over every other system and of every other system over raw.
+        diffusion_link over every other system and of every other system over raw; of two systems the seeds that both have.
 
     Raises:
         ValueError: candidates and clips do not fit, or a clip id is unknown.
@@ -84,18 +88,17 @@ def score_caption_runs(
                           for key, of_system in by_key.items() for seed, noise_seed, given in of_system}, strict)
     draws = make_draws([split.clusters[i] for i in place], profile.bootstrap_samples)
     shared = {"experiment": experiment, "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(clip_ids), "decoding": decoding}
-    results = CaptionResults(scores=_score(by_key, scored, "", draws, None))
+    results = CaptionResults(scores={})
     results.clips = {key: {(seed, noise): scored["", *key, seed, noise] for seed, noise, _ in of_system} for key, of_system in by_key.items()}
-    for (_, space), scores in results.scores.items():
-        results.rows += scores.rows(**shared, split=split.name, space=space)
-    results.rows += _paired_rows(results.scores, shared, split.name)
-    subsets = {name: _score(by_key, scored, "", draws, mask) for name, mask in clip_subsets(frame).items() if mask.any()}
-    subsets |= {name: _score(by_key, scored, name, draws, None) for name in wanted if name}
-    for name, of_subset in subsets.items():
-        part = f"{split.name}:{name}"
-        for (_, space), scores in of_subset.items():
-            results.rows += scores.rows(each_run=False, **shared, split=part, space=space)
-        results.rows += _paired_rows(of_subset, shared, part)
+    parts = {split.name: ("", None)} | {f"{split.name}:{name}": ("", mask) for name, mask in clip_subsets(frame).items() if mask.any()}
+    parts |= {f"{split.name}:{name}": (name, None) for name in wanted if name}
+    for part, (references, mask) in parts.items():
+        score = partial(_score, scored=scored, name=references, draws=draws, mask=mask)
+        of_part = score(by_key)
+        results.scores = results.scores or of_part
+        for (_, space), scores in of_part.items():
+            results.rows += scores.rows(each_run=part == split.name, **shared, split=part, space=space)
+        results.rows += _paired_rows(by_key, of_part, score, shared, part)
     return results
 
 
@@ -125,16 +128,25 @@ def _score(by_key: dict[Key, list[Run]], scored: dict, name: str, draws: Draws, 
     return out
 
 
-def _paired_rows(scores: dict[Key, SystemScores], shared: dict, split: str) -> list[dict]:
-    """diffusion_link minus every other system, and relative gains, in the text space."""
-    systems = {name: of_system for (name, space), of_system in scores.items() if space == "text"}
+def _paired_rows(by_key: dict[Key, list[Run]], scores: dict[Key, SystemScores], score: Callable[[dict[Key, list[Run]]], dict[Key, SystemScores]],
+                 shared: dict, split: str) -> list[dict]:
+    """diffusion_link minus every other system, and relative gains, in the text space; of two systems the training seeds that both have."""
     labels = {**shared, "experiment": f"{shared['experiment']}:paired", "split": split, "space": "text"}
+
+    def both(first: str, second: str) -> list[SystemScores]:
+        keys = [(first, "text"), (second, "text")]
+        seeds = [{seed for seed, _, _ in by_key[key]} for key in keys]
+        if seeds[0] == seeds[1]:
+            return [scores[key] for key in keys]
+        limited = score({key: [run for run in by_key[key] if run[0] in seeds[0] & seeds[1]] for key in keys}) if seeds[0] & seeds[1] else {}
+        return list(limited.values())
+
     rows = []
-    for name, other in systems.items():
-        if OURS in systems and name != OURS:
-            rows += paired_difference(systems[OURS], other, **labels) + _relative_gain(systems[OURS], other, labels)
-        if BASELINE in systems and name not in (BASELINE, OURS):
-            rows += _relative_gain(other, systems[BASELINE], labels)
+    for name in [name for name, space in scores if space == "text"]:
+        if (OURS, "text") in scores and name != OURS and (pair := both(OURS, name)):
+            rows += paired_difference(*pair, **labels) + _relative_gain(*pair, labels)
+        if (BASELINE, "text") in scores and name not in (BASELINE, OURS) and (pair := both(name, BASELINE)):
+            rows += _relative_gain(*pair, labels)
     return rows
 
 
@@ -152,58 +164,70 @@ def _relative_gain(system: SystemScores, baseline: SystemScores, labels: dict) -
 
 
 # ---------------------------------------------------------------------------------------------------------- candidates files
-def candidates_path(profile: Profile, experiment: str, system: str, space: str = "text", decoding: str = "greedy") -> Path:
-    """``results/<profile>/captions/<experiment>_<system>.csv``; another space than text or another decoding than greedy is appended."""
-    more = ("" if space == "text" else f"_{space}") + ("" if decoding == "greedy" else f"_{decoding.replace(' ', '')}")
-    return profile.results_dir / "captions" / f"{experiment}_{system}{more}.csv"
+def candidates_path(profile: Profile, experiment: str, decoding: str = "greedy") -> Path:
+    """``results/<profile>/captions/<experiment>.csv``, every system of a setting; another decoding than greedy is appended (``_beam4``)."""
+    return profile.results_dir / "captions" / f"{experiment}{'' if decoding == 'greedy' else '_' + decoding.replace(' ', '')}.csv"
 
 
-def write_candidates(path: str | Path, clip_ids: list[str], runs: list[Run], references: list[list[str]]) -> Path:
-    """Write one system's captions as ``aac-metrics-eval -i FILE`` reads them (it scores after ``aac-metrics-download``).
+def candidates_column(system: str, space: str = "text", seed: int = 0, noise_seed: int = 0) -> str:
+    """``<system>_seed_<n>``; another space than text, and another noise seed than 0, are named: ``c3_centred_seed_1``, ``raw_seed_0_noise_2``."""
+    return system + ("" if space == "text" else f"_{space}") + f"_seed_{seed}" + (f"_noise_{noise_seed}" if noise_seed else "")
 
-    Columns: clip_id, seed, noise_seed, caption_predicted (the first run, whose seeds stand before it), caption_1 .. caption_R, then
-    ``caption_predicted_seed_<s>_noise_<k>`` for each further run (``aac-metrics-eval -cands`` takes that name).
+
+def write_candidates(path: str | Path, clip_ids: list[str], runs: dict[Key, list[Run]], references: list[list[str]]) -> Path:
+    """Write the captions of a setting: clip_id, the references caption_1 .. caption_R once, then a column for each system and seed.
+
+    ``aac-metrics-eval`` reads it, one column at a time, and finds the references by their names (R at most 5); it scores after
+    ``aac-metrics-download``::
+
+        aac-metrics-eval -i results/mini/captions/zero_shot.csv -cands diffusion_link_seed_0
 
     A caption stays text whatever it holds: white space and line ends become one blank; a candidate that a spreadsheet would take
     for a formula gets a leading ', which the tokenizer removes; ``aac-metrics-eval`` evaluates a reference with [ and ] as Python,
     so such a reference is written as a list literal of one string, which it reads back as that string. A clip with fewer references
     than R has ``[]``, which it reads as none.
 
+    Args:
+        runs: (system, space) -> its runs, in the order of the columns (:func:`candidates_column`).
+
     Raises:
-        ValueError: lists of different lengths, or no run.
+        ValueError: lists of different lengths, or no run, or two runs of one name.
     """
-    if not runs:
+    columns = {}
+    for key, of_system in runs.items():
+        for seed, noise_seed, given in of_system:
+            name = candidates_column(*key, seed, noise_seed)
+            if name in columns:
+                raise ValueError(f"two runs are called {name}: give each system and seed once")
+            check_captions(given, references, name)
+            columns[name] = given
+    if not columns:
         raise ValueError("no run to write: give at least one (seed, noise_seed, candidates)")
-    for seed, _, given in runs:
-        check_captions(given, references, f"seed {seed}")
     if len(clip_ids) != len(references):
         raise ValueError(f"{len(clip_ids)} clip ids for {len(references)} clips: give one a clip, in order")
     width = max(map(len, references))
-    (seed, noise_seed, first), *others = runs
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["clip_id", "seed", "noise_seed", "caption_predicted", *(f"caption_{k + 1}" for k in range(width)),
-                     *(f"caption_predicted_seed_{s}_noise_{k}" for s, k, _ in others)])
+    writer.writerow(["clip_id", *(f"caption_{k + 1}" for k in range(width)), *columns])
     for i, clip_id in enumerate(clip_ids):
         wanted = [_reference_cell(caption) for caption in references[i]] + ["[]"] * (width - len(references[i]))
-        writer.writerow([clip_id, seed, noise_seed, _candidate_cell(first[i]), *wanted, *(_candidate_cell(given[i]) for _, _, given in others)])
+        writer.writerow([clip_id, *wanted, *(_candidate_cell(given[i]) for given in columns.values())])
     return atomic_write(path, buffer.getvalue())
 
 
-def read_candidates(path: str | Path) -> tuple[list[str], list[Run], list[list[str]]]:
-    """What :func:`write_candidates` wrote: clip ids, runs, references (white space as written)."""
+def read_candidates(path: str | Path) -> tuple[list[str], dict[Key, list[Run]], list[list[str]]]:
+    """What :func:`write_candidates` wrote: clip ids, (system, space) -> runs, references (white space as written)."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"clip_id", "seed", "noise_seed", "caption_predicted", "caption_1"} <= rows[0].keys():
-        raise ValueError(f"{path} is no candidates file: it needs the columns clip_id, seed, noise_seed, caption_predicted, caption_1")
-    names = {(int(rows[0]["seed"]), int(rows[0]["noise_seed"])): "caption_predicted"}
-    for name in rows[0]:
-        if name.startswith("caption_predicted_seed_"):
-            seed, noise_seed = name.removeprefix("caption_predicted_seed_").split("_noise_")
-            names[int(seed), int(noise_seed)] = name
-    runs = [(*run, [row[name].removeprefix("'") for row in rows]) for run, name in names.items()]
-    columns = [name for name in rows[0] if name.removeprefix("caption_").isdigit()]
-    references = [[caption for name in columns for caption in _read_reference(row[name])] for row in rows]
+    columns = {name: found for name in (rows[0] if rows else ()) if (found := COLUMN_NAME.fullmatch(name))}
+    if not columns or not {"clip_id", "caption_1"} <= rows[0].keys():
+        raise ValueError(f"{path} is no candidates file: it needs the columns clip_id, caption_1 and one like diffusion_link_seed_0")
+    runs: dict[Key, list[Run]] = {}
+    for name, found in columns.items():
+        key = (found["system"], "centred" if found["space"] else "text")
+        runs.setdefault(key, []).append((int(found["seed"]), int(found["noise"] or 0), [row[name].removeprefix("'") for row in rows]))
+    names = [name for name in rows[0] if name.removeprefix("caption_").isdigit()]
+    references = [[caption for name in names for caption in _read_reference(row[name])] for row in rows]
     return [row["clip_id"] for row in rows], runs, references
 
 

@@ -9,22 +9,26 @@ The ranking of a gallery, the neighbours of an item and a fitted classifier are 
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import threadpool_limits
 
 from dl.metrics.neighbours import (
     RETRIEVAL_METRICS,
     as_array,
     covariance,
     effective_rank,
+    for_each,
     gram_correlation,
     knn_overlap,
     linear_cka,
     off_diagonal_mean,
     quadratic,
-    retrieval,
+    retrieval_scores,
     squared_distances,
     weight_rows,
     weighted_mean,
@@ -32,6 +36,7 @@ from dl.metrics.neighbours import (
 
 MIN_ITEMS = 20   # [ours] below this a neighbour or rank metric is not computed
 HEAVY = ("frechet_distance", "effective_rank")   # one eigen-decomposition a weighting
+GapFunction = Callable[[ArrayLike | None], NDArray]   # weights (R, n), or None for uniform ones -> (R,)
 DIRECTION = {    # which side is better; a metric that is missing here has no better side of its own
     "pair_cosine": "higher", "cosine_margin": "higher", "centroid_gap": "lower", "rmg": "lower", "separability_accuracy": "lower",
     "separability_auc": "lower", "frechet_distance": "lower", "mmd2": "lower", "alignment": "lower", "gram_correlation": "higher",
@@ -84,13 +89,17 @@ def rmg(audio, text, weights=None) -> NDArray:
 
 # --------------------------------------------------------------------------------------------------- 4: can they be told apart
 def separability(audio, text, weights=None, seed: int = 0) -> dict[str, NDArray]:
+    """``separability_accuracy`` and ``separability_auc`` of ``separability_functions``, (R,) each."""
+    return {name: function(weights) for name, function in separability_functions(audio, text, seed).items()}
+
+
+def separability_functions(audio, text, seed: int = 0) -> dict[str, GapFunction]:
     """Accuracy and AUC of a logistic regression that tells a from t on clips it was not fitted on (0.5 = closed).
 
     Clips are split into two halves by ``seed``; a clip's two vectors stay together; each half is judged by the other half's
     classifier (inputs times sqrt(D), C = 1). [ours] AUC counts pairs (t_i, a_j) of one half, ties as one half.
     """
     from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
     audio, text = as_array(audio), as_array(text)
     n, scale = len(audio), np.sqrt(audio.shape[1])
@@ -103,11 +112,15 @@ def separability(audio, text, weights=None, seed: int = 0) -> dict[str, NDArray]
             model = LogisticRegression(max_iter=300).fit(inputs, np.repeat([0, 1], fit.sum()))
         audio_score[held], text_score[held] = model.decision_function(audio[held] * scale), model.decision_function(text[held] * scale)
     accuracy = ((audio_score < 0) + (text_score > 0).astype(float)) / 2
-    same_half = (fold[:, None] == fold[None]).astype(float)
     difference = text_score[:, None] - audio_score[None]
-    wins = ((difference > 0) + 0.5 * (difference == 0)) * same_half
-    rows = weight_rows(weights, n)
-    return {"separability_accuracy": rows @ accuracy, "separability_auc": quadratic(rows, wins) / quadratic(rows, same_half)}
+    wins = ((difference > 0) + 0.5 * (difference == 0)) * (fold[:, None] == fold[None])
+
+    def auc(weights=None) -> NDArray:
+        rows = weight_rows(weights, n)
+        second_half = rows @ fold
+        return quadratic(rows, wins) / (second_half**2 + (1 - second_half) ** 2)
+
+    return {"separability_accuracy": partial(weighted_mean, accuracy), "separability_auc": auc}
 
 
 # --------------------------------------------------------------------------------------------- 5-7: distances of distributions
@@ -120,19 +133,17 @@ def frechet_distance(audio, text, weights=None) -> NDArray:
     from sklearn.covariance import ledoit_wolf_shrinkage
 
     audio, text = as_array(audio), as_array(text)
-    rows = weight_rows(weights, len(audio))
     shrinkage = [ledoit_wolf_shrinkage(x) for x in (audio, text)]
-    values = np.full(len(rows), np.nan)
-    for r, row in enumerate(rows):
-        if np.isnan(row).any():
-            continue
+
+    def distance(row: NDArray) -> float:
         mu_a, mu_t = row @ audio, row @ text
         c_a, c_t = (_shrunk(covariance(x, row), s) for x, s in zip((audio, text), shrinkage))
         root = np.linalg.cholesky(c_a + 1e-12 * np.eye(len(c_a)))
         eigenvalues = np.linalg.eigvalsh(root.T @ c_t @ root)
         overlap = np.sqrt(np.maximum(eigenvalues, 0)).sum()
-        values[r] = ((mu_a - mu_t) ** 2).sum() + np.trace(c_a) + np.trace(c_t) - 2 * overlap
-    return values
+        return ((mu_a - mu_t) ** 2).sum() + np.trace(c_a) + np.trace(c_t) - 2 * overlap
+
+    return for_each(distance, weight_rows(weights, len(audio)))
 
 
 def _shrunk(covariance: NDArray, shrinkage: float) -> NDArray:
@@ -245,43 +256,39 @@ class Reference:
     exclude: NDArray | None = None
 
 
-def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: ArrayLike | None = None, heavy: bool | None = None) -> dict[str, NDArray]:
+def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: ArrayLike | None = None) -> dict[str, NDArray]:
     """All ten groups of one set of vectors.
 
     Args:
         audio_emb: (n, D) raw or mapped audio vectors, unit norm, in the reference's space.
         reference: the split's texts.
         weights: (R, n) clip weightings, or None for the value itself.
-        heavy: True gives only the metrics of ``HEAVY``, False leaves them out, None gives all.
 
     Returns:
         metric -> (R,) float64; NaN where ``not_computed_reason`` says why.
     """
     with np.errstate(divide="ignore", invalid="ignore"):      # a degenerate weighting or set of vectors gives NaN
-        values = _all_groups(as_array(audio_emb), reference, weights, heavy)
-    n = len(reference.text)
-    return {name: np.full_like(value, np.nan) if not_computed_reason(name, n) else value for name, value in values.items()}
+        return {name: function(weights) for name, function in gap_functions(audio_emb, reference).items()}
 
 
-def _all_groups(audio: NDArray, reference: Reference, weights: ArrayLike | None, heavy: bool | None) -> dict[str, NDArray]:
-    text = as_array(reference.text)
-    values: dict[str, NDArray] = {}
-    if heavy is not False:
-        values = {"frechet_distance": frechet_distance(audio, text, weights), "effective_rank": effective_rank(audio, weights)}
-    if heavy is not True:
-        for metric in (pair_cosine, nonpair_cosine, cosine_margin, centroid_gap, rmg, alignment, gram_correlation, linear_cka,
-                       gap_length, direction_consistency, orthogonality):
-            values[metric.__name__] = metric(audio, text, weights)
-        values["mmd2"] = mmd2(audio, text, reference.bandwidth, weights)
-        values["uniformity"] = uniformity(audio, weights)
-        if reference.raw_audio is not None:
-            values["share_toward_text"] = share_toward_text(audio, text, reference.raw_audio, weights)
-        values |= retrieval(audio, reference.gallery, reference.gallery_clip, weights, reference.labels, reference.exclude)
-        if len(audio) >= MIN_ITEMS:
-            values |= separability(audio, text, weights) | {"knn_overlap": knn_overlap(audio, text, weights=weights)}
-        else:
-            values |= {name: np.full(len(values["rmg"]), np.nan) for name in ("separability_accuracy", "separability_auc", "knn_overlap")}
-    return values
+def gap_functions(audio_emb: ArrayLike, reference: Reference) -> dict[str, GapFunction]:
+    """The same before it is weighted: each metric as a function of ``weights`` alone; rankings and classifiers are made here, once."""
+    audio, text = as_array(audio_emb), as_array(reference.text)
+    functions: dict[str, GapFunction] = {
+        metric.__name__: partial(metric, audio, text)
+        for metric in (pair_cosine, nonpair_cosine, cosine_margin, centroid_gap, rmg, alignment, gram_correlation, linear_cka, gap_length,
+                       direction_consistency, orthogonality, frechet_distance, knn_overlap)
+    }
+    functions |= {metric.__name__: partial(metric, audio) for metric in (uniformity, effective_rank)}
+    functions["mmd2"] = partial(mmd2, audio, text, reference.bandwidth)
+    if reference.raw_audio is not None:
+        functions["share_toward_text"] = partial(share_toward_text, audio, text, reference.raw_audio)
+    scores = retrieval_scores(audio, reference.gallery, reference.gallery_clip, reference.labels, reference.exclude)
+    functions |= {name: partial(weighted_mean, score) for name, score in scores.items()}
+    blank = partial(weighted_mean, np.full(len(audio), np.nan))
+    few = dict.fromkeys(("separability_accuracy", "separability_auc"), blank)
+    functions |= separability_functions(audio, text) if len(audio) >= MIN_ITEMS else few
+    return {name: blank if not_computed_reason(name, len(audio)) else function for name, function in functions.items()}
 
 
 def not_computed_reason(metric: str, n_items: int) -> str:

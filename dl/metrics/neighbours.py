@@ -4,8 +4,13 @@ The weighted means that all gap metrics share stand here too; ``dl.metrics.gap``
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from threadpoolctl import threadpool_limits
 
 CUTOFFS = (1, 5, 10)
 RETRIEVAL_METRICS = tuple(
@@ -49,8 +54,15 @@ def as_array(x: ArrayLike) -> NDArray:
 
 def covariance(x: NDArray, row: NDArray) -> NDArray:
     """sum_i w_i (x_i - mu)(x_i - mu)^T for one weighting; (n, D), (n,) -> (D, D)."""
-    centred = x - row @ x
-    return (centred * row[:, None]).T @ centred
+    drawn = row > 0                                                   # a replicate leaves more than half of the clips out
+    scaled = (x[drawn] - row @ x) * np.sqrt(row[drawn])[:, None]
+    return scaled.T @ scaled
+
+
+def for_each(value: Callable[[NDArray], float], rows: NDArray) -> NDArray:
+    """A value that costs an eigen-decomposition, of each weighting, on all cores; NaN where no clip counts. (R, n) -> (R,)"""
+    with threadpool_limits(1), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return np.array(list(pool.map(lambda row: np.nan if np.isnan(row).any() else value(row), rows)))
 
 
 def squared_distances(x: NDArray, y: NDArray) -> NDArray:
@@ -62,7 +74,7 @@ def squared_distances(x: NDArray, y: NDArray) -> NDArray:
 def top_k(similarity: NDArray, k: int) -> NDArray:
     """Columns of the k largest entries of each row, largest first, ties by column; (q, g) -> (q, min(k, g)) int64."""
     k = min(k, similarity.shape[1])
-    columns = np.sort(np.argpartition(-similarity, k - 1, axis=1)[:, :k], axis=1)
+    columns = np.sort(torch.topk(torch.from_numpy(similarity), k, sorted=False).indices.numpy(), axis=1)
     found = np.take_along_axis(similarity, columns, 1)
     order = np.argsort(-found, axis=1, kind="stable")
     top = np.take_along_axis(columns, order, 1)
@@ -92,21 +104,25 @@ def ranking_scores(ranking: NDArray, relevant: NDArray) -> dict[str, NDArray]:
 
 
 def retrieval(audio, gallery, gallery_clip, weights=None, labels=None, exclude=None) -> dict[str, NDArray]:
+    """``retrieval_scores``, weighted: the gallery stays whole while ``weights`` (R, n) weight the clips that ask; name -> (R,) in 0..1."""
+    return {name: weighted_mean(score, weights) for name, score in retrieval_scores(audio, gallery, gallery_clip, labels, exclude).items()}
+
+
+def retrieval_scores(audio, gallery, gallery_clip, labels=None, exclude=None) -> dict[str, NDArray]:
     """Both directions; ``label_`` in front: captions (clips) with the same set of labels count as relevant too.
 
     Audio to text: clip i asks the whole gallery, hits are its own captions. Text to audio: each caption asks the n clips, the hit is
-    its own clip; a clip's score is the mean over its captions. The gallery stays whole while ``weights`` weight the clips that ask.
+    its own clip; a clip's score is the mean over its captions.
 
     Args:
         audio: (n, D) unit norm.
         gallery: (m, D) unit norm, all captions.
         gallery_clip: (m,) int, the clip of each caption.
-        weights: (R, n) or None.
         labels: the set of labels of each clip, or None.
         exclude: (n,) int, a gallery row that clip i must not meet (it *is* the vector under test, as in ``text_floor``), or None.
 
     Returns:
-        the names of ``RETRIEVAL_METRICS`` (those with ``label_`` only if labels are given) -> (R,) in 0..1.
+        the names of ``RETRIEVAL_METRICS`` (those with ``label_`` only if labels are given) -> (n,) in 0..1, NaN where nothing is relevant.
     """
     audio, gallery, gallery_clip = as_array(audio), as_array(gallery), np.asarray(gallery_clip)
     n, clips = len(audio), np.arange(len(audio))
@@ -124,28 +140,27 @@ def retrieval(audio, gallery, gallery_clip, weights=None, labels=None, exclude=N
     values = {}
     for rule, matrix in relevant.items():
         for name, score in ranking_scores(found_texts, matrix).items():
-            values[rule + name] = weighted_mean(score, weights)
+            values[rule + name] = score
         for name, score in ranking_scores(found_clips, matrix.T).items():
             asked = ~np.isnan(score)
             if exclude is not None:
                 asked[exclude] = False
             counts = np.bincount(gallery_clip[asked], minlength=n)
             total = np.bincount(gallery_clip[asked], score[asked], minlength=n)
-            per_clip = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
-            values["text_to_audio_" + rule + name] = weighted_mean(per_clip, weights)
+            values["text_to_audio_" + rule + name] = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
     return values
 
 
 # ------------------------------------------------------------------------------------------------------------------ 9: topology
 def gram_correlation(audio, text, weights=None) -> NDArray:
     """Pearson correlation of cos(a_i, a_j) with cos(t_i, t_j) over i != j, in -1..1. [ours: what L_topo asks for]"""
-    a, t = (x @ x.T for x in (as_array(audio), as_array(text)))
-    rows = weight_rows(weights, len(a))
+    audio, text = as_array(audio), as_array(text)
+    a, t, rows = audio @ audio.T, text @ text.T, weight_rows(weights, len(audio))
 
     def mean(matrix: NDArray) -> NDArray:
         return off_diagonal_mean(rows, quadratic(rows, matrix), np.diag(matrix))
 
-    mean_a, mean_t = mean(a), mean(t)
+    mean_a, mean_t = (off_diagonal_mean(rows, ((rows @ x) ** 2).sum(1), (x**2).sum(1)) for x in (audio, text))
     return (mean(a * t) - mean_a * mean_t) / np.sqrt((mean(a * a) - mean_a**2) * (mean(t * t) - mean_t**2))
 
 
@@ -166,7 +181,7 @@ def linear_cka(audio, text, weights=None) -> NDArray:
     return hsic(k, l, rows_k, rows_l) / np.sqrt(hsic(k, k, rows_k, rows_k) * hsic(l, l, rows_l, rows_l))
 
 
-def knn_overlap(audio, text, k: int = 10, weights=None) -> NDArray:
+def knn_overlap(audio, text, weights=None, k: int = 10) -> NDArray:
     """sum_i w_i |N_k(a_i) & N_k(t_i)| / k, in 0..1; N_k = the k nearest clips in the item's own modality. [Huh et al., ICML 2024]"""
     audio, text = as_array(audio), as_array(text)
     member = np.zeros((2, len(audio), len(audio)), dtype=bool)
@@ -180,9 +195,11 @@ def knn_overlap(audio, text, k: int = 10, weights=None) -> NDArray:
 def effective_rank(audio, weights=None) -> NDArray:
     """exp(-sum_k p_k log p_k), p = covariance eigenvalues over their sum, in 1..D. [Roy & Vetterli, 2007, on the covariance]"""
     audio = as_array(audio)
-    values = []
-    for row in weight_rows(weights, len(audio)):
-        eigenvalues = np.maximum(np.linalg.eigvalsh(covariance(audio, row)), 0) if not np.isnan(row).any() else np.array([np.nan])
-        p = eigenvalues / eigenvalues.sum()
-        values.append(np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum()))
-    return np.array(values)
+
+    def rank(row: NDArray) -> float:
+        eigenvalues = np.maximum(np.linalg.eigvalsh(covariance(audio, row)), 0)
+        with np.errstate(invalid="ignore"):                           # one point has no spread: 0 / 0
+            p = eigenvalues / eigenvalues.sum()
+        return np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum())
+
+    return for_each(rank, weight_rows(weights, len(audio)))

@@ -127,7 +127,9 @@ def _method_panel(rows: list[dict]) -> str:
     body = [[_name(row), *(row[flag] for flag in FLAGS), _count(row.get("parameters")), _number(row.get("ms_per_1000")), row["n_items"], row["n_runs"]]
             for row in rows]
     head = ["system", "uses pairs", "uses a memory", "trained", "parameters", "ms per 1,000 vectors", "clips", "runs"]
-    return "## What each system uses\n\n" + markdown_table(head, body)
+    reverse = ("\ntext_to_audio is the opposite direction, a second network with the roles swapped: first captions mapped among the sounds. It is not "
+               "ranked; its retrieval looks for one sound among the sounds, not for one of five captions among all.\n")
+    return "## What each system uses\n\n" + markdown_table(head, body) + (reverse if any(row["system"] == "text_to_audio" for row in rows) else "")
 
 
 def _heading(metric: str) -> str:
