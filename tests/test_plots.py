@@ -4,12 +4,14 @@ from __future__ import annotations
 import base64
 import io
 import re
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -22,11 +24,15 @@ from dl.plots import (
     PAGE,
     audio_player,
     envelope_frame,
+    gap_plane,
+    planes_frame,
     plot_alignment,
     plot_circles,
+    plot_crossing,
     plot_layouts,
     plot_recordings,
     plot_scene,
+    plot_trajectory,
     points_frame,
     save_figure,
     thread_clip,
@@ -56,6 +62,28 @@ def test_save_figure_writes_four_files_and_the_same_bytes_again(results_root):
     assert b"<dc:date>" not in contents[0]["00_test.svg"] and b"CreationDate" not in contents[0]["00_test.pdf"]
     frame = pd.read_csv(path.with_suffix(".csv"))
     assert len(frame) == 20 and set(frame.role) == {"audio", "text", "bridged"}
+
+
+def test_files_are_small_and_look_the_same(results_root):
+    x = np.linspace(0, 1, 500)
+    figure, axis = plt.subplots()
+    axis.scatter(x, np.sin(9 * x), c=x, cmap="viridis", rasterized=True)
+    axis.plot(x, np.cos(9 * x), label="cosine 0.123456")
+    axis.legend()
+    path = save_figure(get_profile("smoke"), figure, "00_test", pd.DataFrame({"x": x / 3}))
+    plain = io.BytesIO()
+    figure.savefig(plain, format="png", dpi=160)
+    saved, wanted = (np.asarray(Image.open(file).convert("RGB"), dtype=int) for file in (path, plain))
+    assert path.stat().st_size < 0.6 * plain.tell() and Image.open(path).mode == "P"
+    assert saved.shape == wanted.shape and np.abs(saved - wanted).mean() < 0.5 and (np.abs(saved - wanted).max(2) > 32).mean() < 1e-3
+    svg = path.with_suffix(".svg").read_text()
+    root = ElementTree.fromstring(svg)
+    texts = ["".join(element.itertext()) for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "cosine 0.123456" in texts                                            # text stays text, and keeps its digits
+    assert not re.search(r" [xy]=.-?\d+\.\d{3}", svg) and not re.search(r"[ML] -?\d+\.\d{3}", svg)
+    inside = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'base64,([^"]+)"', svg)]
+    assert len(inside) == 1 and inside[0].mode == "P" and inside[0].info["transparency"]
+    assert path.with_suffix(".csv").read_text().splitlines()[3] == "0.001336"
 
 
 def test_style_is_the_house_s_and_leaves_the_caller_s_alone():
@@ -110,3 +138,50 @@ def test_thread_clip_is_the_first_dog_that_barks_alone():
     captions = [["Rain falls"], ["A man speaks while a dog is barking", "Speech"], ["A dog barks"]]
     audiocaps = Split("train", ["a_0", "b_0", "c_0"], captions, pd.DataFrame({"youtube_id": list("abc")}), lambda index: np.ones(9))
     assert thread_clip(audiocaps) == "b_0"
+
+
+# --------------------------------------------------------------------------------------------------- the gap and the way across
+def clouds(n: int = 40, dim: int = 12) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Sounds, captions and answers that lie where captions lie; the gap stands at a right angle to what captions differ in."""
+    rng = np.random.default_rng(0)
+    text = rng.normal(0, [3, 2] + [0.1] * (dim - 2), (n, dim))
+    gap = np.eye(dim)[-1]
+    return {"audio": text + rng.normal(0, 0.1, text.shape) - 2 * gap, "bridged": text + rng.normal(0, 0.1, text.shape), "text": text}, 2 * gap
+
+
+def test_gap_plane_shows_the_gap_that_a_pca_of_captions_hides():
+    points, gap = clouds()
+    plane = gap_plane(points, points["text"].mean(0) - gap, points["text"].mean(0))
+    assert plane["text"].mean(0) == pytest.approx([1, 0], abs=1e-9)
+    assert plane["audio"][:, 0].mean() == pytest.approx(0, abs=0.05) and plane["bridged"][:, 0].mean() == pytest.approx(1, abs=0.05)
+    widest = np.linalg.svd(points["text"] - points["text"].mean(0))[1][0]
+    assert plane["text"][:, 1].std() == pytest.approx(widest / 40**0.5, rel=1e-2)
+    mirrored = gap_plane(points | {"text": points["text"][::-1]}, points["text"].mean(0) - gap, points["text"].mean(0))
+    assert np.allclose(mirrored["audio"], plane["audio"])                       # the order of the clips turns no axis round
+
+
+def test_plot_crossing_draws_the_answers_on_top_and_the_arrows_from_raw_to_bridged():
+    points, gap = clouds()
+    plane = gap_plane(points, points["text"].mean(0) - gap, points["text"].mean(0))
+    planes = {"one": plane, "other": plane}
+    figure = plot_crossing(plane, planes, {title: ("x (9 %)", "y (7 %)") for title in planes}, arrows=np.arange(5), without_centroids=("other",))
+    main = figure.axes[0]
+    arrows = next(part for part in main.collections if isinstance(part, matplotlib.quiver.Quiver))
+    assert np.allclose(arrows.XY, plane["audio"][:5]) and np.allclose(np.stack([arrows.U, arrows.V], 1), (plane["bridged"] - plane["audio"])[:5])
+    for axis, centroids in ((main, 3), (figure.axes[3], 3), (figure.axes[4], 0)):
+        assert sum(len(part.get_offsets()) == 1 for part in axis.collections if part is not arrows) == centroids
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["audio", "bridged", "text"]
+    dots = [part for part in main.collections if len(part.get_offsets()) == 40 and part is not arrows]
+    assert matplotlib.colors.to_hex(dots[-1].get_facecolor()[0]).upper() == COLOURS["bridged"]
+    frame = planes_frame({"along the gap": plane, **planes})
+    assert len(frame) == 120 and list(frame)[:4] == ["role", "clip", "along the gap: x", "along the gap: y"]
+    assert frame["one: y"][frame.role == "text"].to_numpy() == pytest.approx(plane["text"][:, 1], abs=1e-4)
+
+
+def test_plot_trajectory_names_the_nearest_caption_of_every_stop():
+    frame = pd.DataFrame({"level": ["raw", "300", "answer"], "own_cosine": [0.5, 0.3, 0.9], "nearest_cosine": [0.6, 0.4, 0.9],
+                          "nearest": ["Rain", "A very long caption " * 9, "A dog barks"]})
+    axis = plot_trajectory(frame, "A dog barks").axes[0]
+    words = {text.get_text(): text.get_fontweight() for text in axis.texts}
+    assert words["Rain"] == "normal" and words["A dog barks"] == "bold" and max(map(len, words)) <= 66
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["raw", "300", "answer"] and axis.yaxis_inverted()

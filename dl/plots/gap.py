@@ -1,9 +1,12 @@
 """Figures of notebooks 03-05: the gap, the noise schedule, training, start steps, the way across."""
 from __future__ import annotations
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from dl.plots.style import COLOURS, GREY, MARKERS, PAGE, house_style, panels, scatter_roles
@@ -37,8 +40,114 @@ def plot_planes(planes: dict[str, dict[str, np.ndarray]], axis_names: dict[str, 
         repeated = axis is not axes[0] and len(set(axis_names.values())) == 1
         axis.set(title=title, xlabel=axis_names[title][0], ylabel="" if repeated else axis_names[title][1])
         axis.set_aspect("equal", adjustable="datalim")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), markerscale=1.5)
+    roles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(roles.values(), roles, loc="outside lower center", ncols=len(roles), markerscale=1.5)
+    return figure
+
+
+def gap_plane(vectors: dict[str, np.ndarray], mean_audio: np.ndarray, mean_text: np.ndarray) -> dict[str, np.ndarray]:
+    """Coordinates in the plane in which the gap lies: along mean_t - mean_a, and along what captions differ in most at a right angle to it.
+
+    With g = mean_t - mean_a: coordinate 1 is (x - mean_a) . g / |g|^2, the share of the gap that x has crossed (0 at the mean sound,
+    1 at the mean caption); coordinate 2 is (x - mean_a) . v with v the first principal component of the text vectors after g is
+    taken out of them, in units of the vectors. A PCA of captions need not show the gap at all, this plane cannot hide it. [ours: claim C2]
+
+    Args:
+        vectors: role -> (n, D); "text" must be among them.
+        mean_audio, mean_text: (D,) means of the two modalities, of train.
+
+    Returns:
+        role -> (n, 2) float64.
+
+    Example:
+        >>> gap_plane({"audio": a, "bridged": b, "text": t}, train.audio.mean(0).numpy(), train.text.mean(0).numpy())["audio"].mean(0)
+    """
+    start = np.asarray(mean_audio, dtype=np.float64)
+    gap = np.asarray(mean_text, dtype=np.float64) - start
+    text = np.asarray(vectors["text"], dtype=np.float64)
+    text = text - text.mean(0)
+    across = np.linalg.svd(text - np.outer(text @ gap, gap) / (gap @ gap), full_matrices=False)[2][0]
+    across = across * np.sign(across[np.abs(across).argmax()])                          # the sign of a component is arbitrary
+    return {role: np.stack([(x - start) @ gap / (gap @ gap), (x - start) @ across], 1) for role, x in vectors.items()}
+
+
+def planes_frame(planes: dict[str, dict[str, np.ndarray]]) -> pd.DataFrame:
+    """The data behind :func:`plot_crossing`: a row for each role and clip, two columns for each plane, named by its title."""
+    roles = next(iter(planes.values()))
+    frame = pd.DataFrame([(role, clip) for role, xy in roles.items() for clip in range(len(xy))], columns=["role", "clip"])
+    for title, points in planes.items():
+        frame[[f"{title}: x", f"{title}: y"]] = np.concatenate([points[role] for role in roles]).round(4)
+    return frame
+
+
+@house_style
+def plot_crossing(plane: dict[str, np.ndarray], planes: dict[str, dict[str, np.ndarray]], axis_names: dict[str, tuple[str, str]],
+                  arrows: np.ndarray | None = None, without_centroids: tuple[str, ...] = ()) -> Figure:
+    """Who lies where along the gap: large, :func:`gap_plane` with marginal densities and centroids; beside it two other planes.
+
+    Args:
+        plane: role -> (n, 2), from :func:`gap_plane`.
+        planes: two panels: title -> role -> (n, 2).
+        axis_names: panel title -> names of the two axes.
+        arrows: rows of the clips whose way from "audio" to "bridged" is drawn in the large panel; None draws none.
+        without_centroids: titles of panels in which a mean has no meaning (t-SNE).
+    """
+    figure = plt.figure(figsize=(PAGE, 3.9), layout="constrained")
+    grid = figure.add_gridspec(1, 2, width_ratios=[1.75, 1])
+    inner = grid[0].subgridspec(2, 2, height_ratios=[1, 4.2], width_ratios=[4.6, 1], hspace=0.02, wspace=0.02)
+    side = grid[1].subgridspec(2, 1)
+    main = figure.add_subplot(inner[1, 0])
+    above, beside = figure.add_subplot(inner[0, 0], sharex=main), figure.add_subplot(inner[1, 1], sharey=main)
+    on_top = [role for role in ("audio", "text", "bridged") if role in plane]             # the bridge's answers last: nothing hides them
+    scatter_roles(main, {role: plane[role] for role in on_top}, size=6)
+    main.set(xlim=main.get_xlim(), ylim=main.get_ylim(), xlabel="share of the gap crossed (0: mean sound, 1: mean caption, of train)",
+             ylabel="first component of captions at a right angle")
+    if arrows is not None:
+        start, end = plane["audio"][arrows], plane["bridged"][arrows]
+        main.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#303030", width=0.0025, headwidth=5, zorder=3)
+    for role, xy in plane.items():
+        for axis, values, name in ((above, xy[:, 0], "x"), (beside, xy[:, 1], "y")):
+            sns.kdeplot(**{name: values}, ax=axis, color=COLOURS[role], fill=True, alpha=0.2, linewidth=1.0, gridsize=80, warn_singular=False)
+        above.axvline(xy[:, 0].mean(), color=COLOURS[role], linewidth=1.0)
+    for position in (0, 1):
+        main.axvline(position, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
+    for axis in (above, beside):
+        axis.axis("off")
+    above.set_title("along the gap, from the mean sound to the mean caption")
+    others = [figure.add_subplot(side[row]) for row in range(2)]
+    for axis, (title, points) in zip(others, planes.items(), strict=True):
+        scatter_roles(axis, {role: points[role] for role in on_top}, size=2.5)
+        across, up = axis_names[title]
+        axis.set(title=title, xlabel=across, ylabel=up.replace(" (", "\n("), xticks=[], yticks=[])
+        axis.set_aspect("equal", adjustable="datalim")
+    for axis, points in ((main, plane), *zip(others, planes.values(), strict=True)):
+        for role, size in zip(on_top, (60, 80, 40), strict=False) if axis.get_title() not in without_centroids else ():
+            axis.scatter(*np.mean(points[role], 0), s=size, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
+    handles = dict(zip(*main.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend([handles[role] for role in plane], list(plane), loc="outside lower center", ncols=len(plane), markerscale=1.5)
+    return figure
+
+
+@house_style
+def plot_trajectory(frame: pd.DataFrame, caption: str) -> Figure:
+    """One clip on its way through the reverse process, from top to bottom: cosines, and the nearest caption at each stop, in words.
+
+    Args:
+        frame: a row a stop: ``level`` (its name), ``own_cosine`` (with the clip's own caption), ``nearest_cosine``, ``nearest`` (that caption).
+        caption: the clip's own, above the figure; where it is the nearest, it stands in bold.
+    """
+    figure, axis = plt.subplots(figsize=(PAGE, 0.21 * len(frame) + 1.0), layout="constrained")
+    rows, place = np.arange(len(frame)), {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7, "annotation_clip": False}
+    axis.plot(frame.nearest_cosine, rows, color=COLOURS["text"], marker=MARKERS["text"], linestyle="--", label="cosine with the nearest caption")
+    axis.plot(frame.own_cosine, rows, color=COLOURS["bridged"], marker=MARKERS["bridged"], label="cosine with its own caption")
+    for row, stop in zip(rows, frame.itertuples(), strict=True):
+        weight = "bold" if stop.nearest == caption else "normal"
+        axis.annotate(textwrap.shorten(stop.nearest, 66, placeholder=" …"), (1.02, row), fontweight=weight, **place)
+    axis.annotate("nearest caption of train", (1.02, -1), color="#404040", **place)
+    axis.set(xlabel="cosine", ylabel="noise level", yticks=rows, yticklabels=frame.level, ylim=(len(frame) - 0.5, -0.6))
+    axis.grid(axis="y", color="#E5E5E5", linewidth=0.5)
+    figure.suptitle(f"its own caption: “{caption}”", fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -72,7 +181,7 @@ def plot_schedule(frame: pd.DataFrame) -> Figure:
     for axis, panel, name in zip(axes, ("schedule", "scale"), ("signal's share of variance", "std. of a coordinate"), strict=True):
         chosen = frame[frame.panel == panel]
         for (colour, marker, line), (curve, rows) in zip(LINES, chosen.groupby("curve", sort=False), strict=False):
-            axis.plot(rows.timestep, rows.value, color=colour, linestyle=line, marker=marker, markevery=100, label=curve)
+            axis.plot(rows.timestep, rows.value, color=colour, linestyle=line, marker=marker, markevery=len(rows) // 10, label=curve)
         axis.set(xlabel="noise level k", ylabel=name, ylim=(0, 1.05))
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22))
     return figure

@@ -6,7 +6,9 @@ triangles. A figure function takes arrays or a DataFrame, computes nothing that 
 """
 from __future__ import annotations
 
+import base64
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -18,6 +20,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from dl.config import Profile
 from dl.results import atomic_write
@@ -30,10 +33,12 @@ GREY = "#8C8C8C"                                          # chance, baselines, w
 FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
-    "font.family": "DejaVu Sans", "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"],      # Verdana: for readers of the SVG without DejaVu
+    "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
     "lines.markersize": 4, "figure.dpi": 110, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "pdf.fonttype": 42, "svg.hashsalt": "diffusion-link",
+    "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "diffusion-link",
 }
+DOTS_PER_INCH, PALETTE = 160, 256                         # of the PNG; curves, text and one colour map need no more colours
 
 
 # ------------------------------------------------------------------------------------------------------------ style and files
@@ -61,11 +66,12 @@ def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
 def save_figure(profile: Profile, figure: Figure, name: str, data: pd.DataFrame) -> Path:
     """Write ``results/<profile>/figures/<name>.{pdf,svg,png}`` and the data behind the figure as ``<name>.csv``.
 
-    Every file is written whole or not at all; equal figures give equal bytes (no dates, fixed ids in the SVG).
+    Every file is written whole or not at all; equal figures give equal bytes (no dates, fixed ids in the SVG). The files are small:
+    text stays text in the SVG and coordinates keep hundredths of a point, the PNG has a palette.
 
     Args:
         name: file name without a suffix; begins with the notebook's number ("02_retrieval").
-        data: the numbers that the figure shows; floats keep 6 significant digits.
+        data: the numbers that the figure shows; floats keep 5 significant digits.
 
     Returns:
         The path of the PNG (160 dots an inch).
@@ -74,10 +80,38 @@ def save_figure(profile: Profile, figure: Figure, name: str, data: pd.DataFrame)
     for suffix, metadata in FORMATS.items():
         file = io.BytesIO()
         with style():
-            figure.savefig(file, format=suffix, dpi=160, metadata=metadata)
-        atomic_write(folder / f"{name}.{suffix}", file.getvalue())
-    atomic_write(folder / f"{name}.csv", data.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+            figure.savefig(file, format=suffix, dpi=DOTS_PER_INCH, metadata=metadata)
+        content = {"svg": small_svg, "png": small_png}.get(suffix, bytes)(file.getvalue())
+        atomic_write(folder / f"{name}.{suffix}", content)
+    atomic_write(folder / f"{name}.csv", data.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
     return folder / f"{name}.png"
+
+
+def small_png(png: bytes) -> bytes:
+    """The same picture with a palette of its own, without dithering."""
+    image = Image.open(io.BytesIO(png))
+    opaque = image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
+    method = Image.Quantize.MEDIANCUT if opaque else Image.Quantize.FASTOCTREE           # only the latter knows transparency
+    image = image.convert("RGB" if opaque else "RGBA").quantize(PALETTE, method, dither=Image.Dither.NONE)
+    file = io.BytesIO()
+    image.save(file, "png", optimize=True, dpi=(DOTS_PER_INCH, DOTS_PER_INCH))
+    return file.getvalue()
+
+
+def small_svg(svg: bytes) -> bytes:
+    """The same drawing with coordinates in hundredths of a point, no indentation, and a palette in every embedded picture.
+
+    Words, scales and matrices keep their digits.
+    """
+    def shorter(found: re.Match) -> str:
+        text = found[0]
+        if text.startswith("data:"):
+            head, data = text.split(",")
+            return f"{head},{base64.b64encode(small_png(base64.b64decode(data))).decode()}"
+        return f"{float(text):.2f}".rstrip("0").rstrip(".") if text[0] in "-0123456789" else text
+
+    text = re.sub(r"data:image/png;base64,[^\"]+|>[^<]*<|(?:matrix|scale)\([^)]*\)|-?\d+\.\d{3,}", shorter, svg.decode())
+    return re.sub(r"\n *", "\n", text).encode()
 
 
 def panels(n: int, width: float = PAGE, height: float = 2.2, **kwargs) -> tuple[Figure, list[Axes]]:
