@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import sys
 
 from dl.config import PROFILES, get_profile
@@ -30,12 +31,22 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--from", dest="start", metavar="NN", help="leave out the stages before NN")
     run.add_argument("--seeds", type=int, metavar="N", help="training seeds 0 .. N-1 in place of the profile's")
     run.add_argument("--full", action="store_true", help="the committed results: every seed, peer and ablation; hours")
+    run.add_argument("-p", dest="extra", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
+                     help="another parameter of the notebooks, as papermill takes it: -p num_beams 1")
     run.add_argument("--force", action="store_true", help="run them even if nothing changed")
     run.add_argument("--dry-run", action="store_true", help="say RUN or SKIP for each stage, with the reason, and run nothing")
     run.add_argument("--list", action="store_true", help="list the stages, what each reads and makes")
 
     commands.add_parser("readme", help="copy the tables of results/mini into README.md")
     return top
+
+
+def literal(text: str) -> object:
+    """A value as Python writes it (1, 0.5, True, None), else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.seeds is not None and options.seeds < 1:
         print("run_all: --seeds takes a number of at least 1", file=sys.stderr)
         return 2
-    run = Run(get_profile(options.profile), STAGES, full=options.full, seeds=options.seeds)
+    run = Run(get_profile(options.profile), STAGES, full=options.full, seeds=options.seeds, extra={name: literal(value) for name, value in options.extra})
     if options.list:
         list_stages(run)
         return 0

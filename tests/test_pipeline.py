@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dl.__main__ import literal
 from dl.config import REPO, get_profile
 from dl.pipeline import runner
 from dl.pipeline.runner import run_stages, seconds_text
@@ -172,7 +173,7 @@ def test_a_stage_may_write_a_file_that_it_reads(toy):
 
 
 # -------------------------------------------------------------------------------------------------------------- parameters
-def test_parameters_reach_the_notebooks_that_declare_them(toy):
+def test_parameters_reach_the_notebooks_that_declare_them(toy, capsys):
     path = toy.root / "notebooks/A1_apart.ipynb"
     write_notebook(path, SETUP, "(out / 'got.txt').write_text(f'{profile} {full} {seeds}')", parameters="profile = 'mini'\nfull = False\nseeds = None")
     asked = Run(toy.profile, STAGES_3, toy.root, full=True, seeds=2)
@@ -181,6 +182,16 @@ def test_parameters_reach_the_notebooks_that_declare_them(toy):
     assert toy.reason(STAGES_3[2]) == "parameters changed"
     assert asked.reason(STAGES_3[2]) is None
     assert asked.parameters(STAGES_3[0]) == {"profile": "smoke"}
+    by_name = Run(toy.profile, STAGES_3, toy.root, extra={"full": True, "seeds": 2})          # -p full True -p seeds 2
+    assert by_name.reason(STAGES_3[2]) is None
+    for extra, message in (({"depth": 3}, "takes the parameter 'depth': leave -p depth out"), ({"profile": "mini"}, "by --profile")):
+        assert run_stages(Run(toy.profile, STAGES_3, toy.root, extra=extra), only=["A1"]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, value", [("1", 1), ("False", False), ("1e-3", 1e-3), ("cosine", "cosine"), ("a/b c", "a/b c")])
+def test_values_of_parameters_are_read_as_python_writes_them(text, value):
+    assert literal(text) == value and type(literal(text)) is type(value)
 
 
 @pytest.mark.parametrize("parameters, message", [(None, "0 cells tagged 'parameters'"), ("profil = 'mini'", "does not set 'profile'")])
@@ -309,7 +320,7 @@ def test_imports_are_followed(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- real stages
 def test_the_table_of_stages():
     numbers = [stage.number for stage in STAGES]
-    assert numbers == [f"{place:02d}" for place in range(12)] + ["A1", "A2"]
+    assert numbers == [f"{place:02d}" for place in range(12)] + ["A1", "A2", "A3"]
     for place, stage in enumerate(STAGES):
         assert stage.notebook.startswith(f"{stage.number}_")
         assert set(stage.after) <= set(numbers[:place])

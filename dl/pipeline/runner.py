@@ -167,9 +167,11 @@ def run_stages(run: Run, only: list[str] | None = None, start: str | None = None
         stages = run.chosen(only, start)
         if not stages:
             raise StageError("there is no notebook to run in notebooks/")
-        for name, value in (("full", run.full), ("seeds", run.seeds)):
-            if value and not any(name in parameter_names(run.source(stage)) for stage in stages):
-                raise StageError(f"none of these stages takes the parameter '{name}': leave --{name} out")
+        if "profile" in run.extra:
+            raise StageError("choose the profile by --profile, not by -p")
+        for name in run.asked:
+            if not any(name in parameter_names(run.source(stage)) for stage in stages):
+                raise StageError(f"none of these stages takes the parameter '{name}': leave {f'-p {name}' if name in run.extra else f'--{name}'} out")
         print(f"profile {run.profile.name}: {len(stages)} stages, results in {run.name(run.results)}/", flush=True)
         if dry_run:
             plan(run, stages, force)

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -66,12 +66,15 @@ STAGES = (
     Stage("07", "07_caption_zero_shot.ipynb", after=("02", "04"), reads=("{data}/**", *SEARCH),
           makes=(METRICS, "table2.csv", "table2.md", "captions/zero_shot*.csv", "checkpoints/captioner/*", "figures/07_*")),
     Stage("08", "08_caption_supervised.ipynb", after=("02", "04", "07"), reads=("{data}/**", *SEARCH),
-          makes=(METRICS, "captions/supervised_*.csv", "figures/08_*")),
-    Stage("09", "09_ablate_the_bridge.ipynb", after=("02",)),
-    Stage("10", "10_replication_report.ipynb", after=("03", "05", "06", "07", "08", "09"), reads=("results/paper.csv",)),
-    Stage("11", "11_caption_your_own.ipynb", after=("07",)),
+          makes=(METRICS, "captions/supervised*.csv", "figures/08_*")),
+    Stage("09", "09_ablate_the_bridge.ipynb", after=("02", "04"), reads=("{data}/**", *SEARCH),
+          makes=(METRICS, "ablations.csv", "ablations.md", "figures/09_*")),
+    Stage("10", "10_replication_report.ipynb", after=("03", "05", "06", "07", "08", "09"), reads=("results/paper.csv", "{results}/metrics.csv"),
+          makes=("comparison.csv", "comparison.md", "report.html")),
+    Stage("11", "11_caption_your_own.ipynb", after=("05", "07"), reads=("data/mini/recordings/**",), makes=("figures/11_*",)),
     Stage("A1", "A1_build_mini_corpus.ipynb", reads=("data/mini/recordings/**",), makes=("figures/A1_*",), default=False),
     Stage("A2", "A2_train_mini_clap.ipynb", reads=("data/mini/**",), makes=("mini_clap.csv", "figures/A2_*"), default=False),
+    Stage("A3", "A3_sample_the_bridge.ipynb", after=("02", "04", "07"), reads=("{data}/**", *SEARCH), makes=(METRICS, "figures/A3_*"), default=False),
 )
 
 
@@ -162,6 +165,12 @@ class Run:
     root: Path = REPO
     full: bool = False
     seeds: int | None = None
+    extra: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> dict[str, object]:
+        """Parameters given on the command line: ``--full``, ``--seeds``, and ``-p NAME VALUE`` (``extra``)."""
+        return {name: value for name, value in {"full": self.full, "seeds": self.seeds}.items() if value} | self.extra
 
     @property
     def results(self) -> Path:
@@ -184,10 +193,9 @@ class Run:
             return {}
 
     def parameters(self, stage: Stage) -> dict:
-        """What papermill passes: profile, and ``full`` and ``seeds`` where asked for and the notebook takes them."""
+        """What papermill passes: profile, and those of ``asked`` that the notebook takes."""
         known = parameter_names(self.source(stage))
-        asked = {"full": self.full, "seeds": self.seeds}
-        return {"profile": self.profile.name} | {name: value for name, value in asked.items() if value and name in known}
+        return {"profile": self.profile.name} | {name: value for name, value in self.asked.items() if name in known}
 
     def name(self, path: Path) -> str:
         """A path as the reader of a message wants it: relative to the repository where it lies in it."""
