@@ -16,6 +16,7 @@ from dl.plots import plot_consensus, plot_few_pairs, plot_pareto, plot_spread
 from dl.plots.generative import knob
 from dl.report.generative import RULES, named_on_val, verdicts
 from dl.results import MetricsFile
+from dl.studies import consensus as mbr
 from dl.studies import generative, unpaired
 from dl.studies.samples import (
     Sampler,
@@ -100,7 +101,7 @@ def test_consensus_takes_the_caption_that_the_others_resemble():
     assert consensus([["rain", "rain"], ["dog", "dogs"], ["dogs", "rain"], ["a dog", "rain"]], vectors).tolist() == [1, 0]
     assert consensus([["dog"], ["dog"], ["rain"]], vectors).tolist() == [0]                            # a tie goes to the first
     assert consensus([["rain", "dog"]], vectors).tolist() == [0, 0]                                    # one sample has no choice
-    assert generative.pick([["a", "b"], ["c", "d"]], np.array([1, 0])) == ["c", "b"]
+    assert mbr.pick([["a", "b"], ["c", "d"]], np.array([1, 0])) == ["c", "b"]
 
 
 # ------------------------------------------------------------------------------------------------------------------ measures

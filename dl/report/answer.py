@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from dl.config import REPO, BridgeConfig, Profile, get_profile
@@ -172,12 +171,10 @@ def why_line(e: Evidence) -> str:
 
 
 def signal_share(config: BridgeConfig, timestep: int) -> float:
-    """abar at a start step of the sqrt-linear schedule: the share of the variance that is signal.
+    """abar at a start step: the share of the variance that is signal."""
+    from dl.bridge.scheduler import DDIMScheduler
 
-    abar_k = prod_{i <= k} (1 - beta_i), sqrt(beta) linear between its ends (``dl.bridge.scheduler``, in float64).
-    """
-    betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
-    return float(np.prod(1 - betas[: timestep + 1]))
+    return float(DDIMScheduler(config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule).alphas_cumprod[timestep])
 
 
 def generative_line(e: Evidence) -> str:

@@ -1,7 +1,7 @@
 """Does the generative view pay? The rules of notebook A3, and the verdicts that ``metrics.csv`` gives by them.
 
-The rules were written before any of these systems was scored on test. One sampler a part is named on val, so that the best of many rows on
-test cannot win.
+The rules were written before any of these systems was scored on test; that of few_pairs_captions when the RMG of its rows was known, before their
+captions were. One sampler a part is named on val, so that the best of many rows on test cannot win.
 """
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def simpler_section(results: Path) -> str:
 
 
 def generative_section(results: Path) -> str:
-    """Where diffusion helps: the verdicts on the rows ``generative:*``, by rules that were written before any of them was scored on test."""
+    """Where diffusion helps: the verdicts on the rows ``generative:*``, by rules that were written before; each says what was known then."""
     e = Evidence(results)
     if not e.frame.experiment.str.startswith(GENERATIVE).any():
         return absent("Several samples and a vote among their captions, spread that predicts error, few pairs, distribution metrics", "A3")

@@ -22,6 +22,7 @@ from dl.metrics.bootstrap import ClipCounts
 from dl.metrics.captions import sentence_vectors
 
 NUM_SAMPLES = 5                                     # S
+DIFFUSION = ("diffusion_link_ddim", "conditional_diffusion")
 
 
 # ------------------------------------------------------------------------------------------------------------------- samples

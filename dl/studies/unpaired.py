@@ -34,7 +34,7 @@ from dl.metrics.gap import Reference, rmg
 from dl.metrics.neighbours import top_k
 from dl.peers import Peer
 from dl.studies.ablations import base_config, few_pairs
-from dl.studies.generative import caption_scores, light_draws, record, references
+from dl.studies.rows import caption_scores, light_draws, record, record_captions, references
 from dl.studies.samples import of_weights
 
 FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -183,12 +183,6 @@ def run_few_pairs_captions(profile: Profile, train: Embeddings, val: Embeddings,
         scores, reasons = caption_scores({row.system: given for row, given in captions.items()}, references(split, test.clip_ids))
         for name, of_clip in scores.items():
             runs.setdefault(name, []).append((seed, 0, of_clip))
-    draws = light_draws(split, test.clip_ids, profile.bootstrap_samples)
-    scored = {name: score_clips(name, of_name, draws) for name, of_name in runs.items()}
-    for scores in scored.values():
-        scores.reasons |= reasons
-    rows = [row for scores in scored.values()
-            for row in scores.rows(False, experiment="generative:few_pairs_captions", split="test", decoding="greedy", ids_sha256=ids_sha256(test.clip_ids))]
     pairs = [(f"{ours}@{fraction:g}", f"{theirs}@{fraction:g}") for ours in ("pretrained", "scratch") for theirs in ("ridge", "regression_mlp", "scratch")
              if ours != theirs]
-    return record(profile, "few_pairs_captions", rows, scored, pairs, test, decoding="greedy")
+    return record_captions(profile, "few_pairs_captions", runs, reasons, pairs, split, test)
