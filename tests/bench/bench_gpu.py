@@ -20,24 +20,23 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                         # before any import of huggingface_hub reads it
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 import torch
+from random_captioner import RandomCaptioner
 from recorder import Recorder, stopwatch
-from torch import Tensor
 
 from dl.config import BridgeConfig, CaptionerConfig, get_profile
 
 PAPER = get_profile("paper")
+BRIDGE = replace(PAPER.bridge, train_steps=350)
+CAPTIONER = replace(PAPER.captioner, language_model="random Llama-2-7B", revision=None, patience=0, train_steps=15)
 CLIPS = {"train": 49_838, "val": 495, "test": 975}                   # AudioCaps 1.0
 CAPTIONS = CLIPS["train"] + 5 * (CLIPS["val"] + CLIPS["test"])       # one a clip in train, five in val and test
 DECODERS, CAPTION_ROWS = 3, 7                                        # of a default run: dl.captioning's ZERO_SHOT and SUPERVISED
@@ -50,18 +49,18 @@ class Sizes:
     """How large everything is; the defaults are the paper profile's."""
 
     matrix: int = 8192                           # rows and columns of the product that sets the ceiling
-    copy_bytes: int = 2**31
+    copied: int = 2**29                          # float32 numbers
     repeats: int = 20
     pairs: int = CLIPS["train"]
     embed_dim: int = 512
-    bridge: BridgeConfig = replace(PAPER.bridge, train_steps=350)
+    bridge: BridgeConfig = BRIDGE
     bridge_warmup: int = 50
     vectors: int = 1000                          # of a timed call of the bridge
     clap: dict = field(default_factory=dict)     # fields of ClapConfig's parts that are not the defaults
     clap_batches: tuple[int, ...] = (1, 16, 64, 128)
-    seconds: int = 10                            # of a clip
+    seconds: float = 10.0                        # of a clip
     llama: dict = field(default_factory=dict)    # fields of LlamaConfig: its defaults are Llama-2-7B
-    captioner: CaptionerConfig = replace(PAPER.captioner, language_model="random Llama-2-7B", revision=None, patience=0, train_steps=15)
+    captioner: CaptionerConfig = CAPTIONER
     train_batches: tuple[int, ...] = (16, 64)
     train_warmup: int = 3
     clips: int = 64                              # captions generated in a batch
@@ -70,10 +69,12 @@ class Sizes:
 
 LAYER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 TINY = Sizes(
-    matrix=64, copy_bytes=2**16, repeats=2, pairs=96, embed_dim=16, bridge=replace(PAPER.bridge, train_steps=6, batch_size=16), bridge_warmup=2, vectors=8,
-    clap={"text_config": LAYER, "audio_config": {"depths": [1, 1, 1, 1], "patch_embeds_hidden_size": 16, "num_attention_heads": [1, 1, 2, 2], "hidden_size": 128}},
-    clap_batches=(1, 16), seconds=1, llama={**LAYER, "vocab_size": 256, "max_position_embeddings": 128},
-    captioner=replace(PAPER.captioner, language_model="random tiny Llama", revision=None, patience=0, train_steps=4, projector_width=24, lora_r=2),
+    matrix=64, copied=2**14, repeats=2, pairs=96, embed_dim=16, vectors=8,
+    bridge=replace(BRIDGE, train_steps=6, batch_size=16), bridge_warmup=2,
+    clap={"text_config": LAYER, "audio_config": {"spec_size": 64, "window_size": 2, "depths": [1, 1, 1, 1], "patch_embeds_hidden_size": 16,
+                                                 "num_attention_heads": [1, 1, 2, 2], "hidden_size": 128}},
+    clap_batches=(1, 16), seconds=0.5, llama={**LAYER, "vocab_size": 256, "max_position_embeddings": 128},
+    captioner=replace(CAPTIONER, language_model="random tiny Llama", train_steps=4, projector_width=24, lora_r=2),
     train_batches=(16,), train_warmup=1, clips=4, new_tokens=4)
 
 
@@ -90,10 +91,10 @@ def ceilings(bench: Recorder, sizes: Sizes) -> None:
                      batch=rows, dtype="bfloat16")
 
     def copy() -> None:
-        source = torch.randint(255, (sizes.copy_bytes,), device=bench.device, dtype=torch.uint8)
+        source = torch.randn(sizes.copied, device=bench.device)
         target = torch.empty_like(source)
         times = stopwatch(lambda: target.copy_(source), bench.device, sizes.repeats)
-        bench.record("ceilings", "copy", "GB/s", [2e-9 * sizes.copy_bytes / t for t in times], "bytes read plus written, device to device")
+        bench.record("ceilings", "copy", "GB/s", [2e-9 * 4 * sizes.copied / t for t in times], "bytes read plus written, device to device")
 
     n = sizes.matrix
     bench.attempt(lambda: product("matmul_square", n, n, n, copies=1), "ceilings", "matmul_square", dtype="bfloat16")
@@ -109,7 +110,8 @@ def ceilings(bench: Recorder, sizes: Sizes) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- bridge
 def bridge_train(bench: Recorder, sizes: Sizes) -> None:
-    """``dl.bridge.training.train_bridge`` on random pairs, its matrix products alone, and the fitted bridge's calls."""
+    """``dl.bridge.training.train_bridge`` on random pairs, its matrix products alone, and calls of an untrained bridge."""
+    from dl.bridge.network import DiffusionLink
     from dl.bridge.training import train_bridge
     from dl.peers.trained import DiffusionBridge
 
@@ -117,12 +119,11 @@ def bridge_train(bench: Recorder, sizes: Sizes) -> None:
     generator = torch.Generator().manual_seed(0)
     audio, text = (torch.nn.functional.normalize(torch.randn(sizes.pairs, sizes.embed_dim, generator=generator), dim=1).to(bench.device) for _ in range(2))
     pairs = torch.arange(sizes.pairs)
-    found: dict = {}
 
     def train() -> None:
         marks: list[float] = []
-        found["bridge"], _ = train_bridge(sizes.bridge, audio, text, pairs, seed=0, progress=False, callback=lambda *_: marks.append(time.perf_counter()))
-        times = found["step"] = intervals(marks, sizes.bridge_warmup)
+        train_bridge(sizes.bridge, audio, text, pairs, seed=0, progress=False, callback=lambda *_: marks.append(time.perf_counter()))
+        times = intervals(marks, sizes.bridge_warmup)
         bench.record("bridge_train", "step_time", "s", times, "host clock: batches and noise are drawn on the CPU", **where)
         bench.record("bridge_train", "steps_per_s", "1/s", [1 / t for t in times], **where)
         steps = PAPER.bridge.train_steps
@@ -134,16 +135,15 @@ def bridge_train(bench: Recorder, sizes: Sizes) -> None:
                    for m, k, n in bridge_products(sizes.bridge, sizes.embed_dim)]
         times = stopwatch(lambda: [torch.mm(a, b, out=out) for a, b, out in factors], bench.device, sizes.repeats)
         bench.record("bridge_train", "products_time", "s", times, f"the {len(factors)} matrix products of a step and its gradient, nothing else", **where)
-        floor = sorted(times)[len(times) // 2]
-        bench.record("bridge_train", "step_over_products", "ratio", [t / floor for t in found["step"]], "step_time / products_time", **where)
+        bench.share("bridge_train", "products_share", times, bench.value("bridge_train", "step_time"), "products_time / step_time", **where)
 
     def call(name: str, bridge) -> None:
         times = stopwatch(lambda: bridge(audio[: sizes.vectors]), bench.device, sizes.repeats, host=True)
         bench.record("bridge_inference", name, "ms per 1,000 vectors", [1e6 * t / sizes.vectors for t in times], batch=sizes.vectors, dtype="float32")
 
     def link(name: str, steps: int) -> None:
-        noise = torch.Generator().manual_seed(0)
-        call(name, lambda x: found["bridge"](x, start_timestep=50, num_inference_steps=steps, generator=noise))
+        bridge, noise = DiffusionLink.from_config(sizes.bridge, sizes.embed_dim).to(bench.device), torch.Generator().manual_seed(0)
+        call(name, lambda x: bridge(x, start_timestep=50, num_inference_steps=steps, generator=noise))
 
     def diffusion_bridge() -> None:
         call("diffusion_bridge_5_steps", DiffusionBridge(train_steps=2).fit(audio, text, pairs))
@@ -179,7 +179,7 @@ def htsat_embed(bench: Recorder, sizes: Sizes) -> None:
     """transformers' ``ClapModel`` in its default configuration, HTSAT-tiny as in laion/clap-htsat-unfused, on log-mels (B, 1, frames, 64)."""
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
 
-    frames, tokens = 100 * sizes.seconds + 1, CAPTION_TOKENS
+    frames, tokens = int(100 * sizes.seconds) + 1, CAPTION_TOKENS
     found: dict = {}
 
     def model():
@@ -204,7 +204,7 @@ def htsat_embed(bench: Recorder, sizes: Sizes) -> None:
         bench.record("htsat_embed", "captions_per_s", "captions/s", [batch / t for t in times], batch=batch, seq_len=tokens, dtype="float32")
 
     def features(batch: int) -> None:
-        extractor, sounds = ClapFeatureExtractor(), list(torch.randn(batch, 48_000 * sizes.seconds).numpy())
+        extractor, sounds = ClapFeatureExtractor(), list(torch.randn(batch, int(48_000 * sizes.seconds)).numpy())
         settings = {"sampling_rate": 48_000, "truncation": "rand_trunc", "padding": "repeatpad", "return_tensors": "pt"}
         times = stopwatch(lambda: extractor(sounds, **settings), torch.device("cpu"), repeats=3, warmup=1)
         bench.record("htsat_embed", "features_per_s", "clips/s", [batch / t for t in times], "log-mels by transformers on the CPU, one process",
@@ -218,89 +218,11 @@ def htsat_embed(bench: Recorder, sizes: Sizes) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- captioner
-class RandomCaptioner:
-    """``dl.captioner.LLMCaptioner`` over a Llama of random weights that is made on the device; built once, when first asked for."""
-
-    def __init__(self, sizes: Sizes, device: torch.device) -> None:
-        self.sizes, self.device = sizes, device
-
-    @cached_property
-    def captioner(self):
-        """The captioner on the device, its constructor's own code, but for the loader of the language model."""
-        import transformers
-
-        if not hasattr(transformers, "GgufConfig"):      # dl reads SmolLM2 with it; an older transformers has none, and none is needed here
-            transformers.GgufConfig = None
-        from dl.captioner import captioner as module
-
-        with mock.patch.object(module, "load_language_model", self.load):
-            return module.LLMCaptioner(self.sizes.embed_dim, self.sizes.captioner).to(self.device)
-
-    def load(self, name: str, revision: str | None, dtype: torch.dtype) -> tuple:
-        """As ``load_language_model``: (frozen model in eval mode, tokenizer)."""
-        from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
-
-        tokenizer = word_tokenizer(self.sizes.captioner.prompt, self.config.vocab_size)
-        with torch.device(self.device):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(LlamaConfig(**self.sizes.llama), dtype=dtype)
-        model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
-        return model.eval().requires_grad_(False), tokenizer
-
-    @cached_property
-    def config(self):
-        """LlamaConfig; its defaults are Llama-2-7B's: hidden 4096, 32 layers, 32 heads, inner 11008, vocabulary 32000."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(**self.sizes.llama)
-
-    @property
-    def dtype(self) -> str:
-        """Of the frozen weights."""
-        return str(self.captioner.language_model.dtype).removeprefix("torch.")
-
-    @property
-    def parameters(self) -> tuple[int, int]:
-        """N, the numbers in the matrices of all layers, and H, those in the output matrix."""
-        h, inner = self.config.hidden_size, self.config.intermediate_size
-        return self.config.num_hidden_layers * (4 * h * h + 3 * h * inner), h * self.config.vocab_size
-
-    def train(self, batch: int, checkpointing: bool) -> tuple[list[float], int]:
-        """Run ``train_captioner``; (seconds of each step after the warm-up, S positions of a row)."""
-        from dl.captioner.training import train_captioner
-
-        captioner = self.captioner
-        captioner.config = replace(self.sizes.captioner, batch_size=batch, gradient_checkpointing=checkpointing)
-        base = captioner.language_model.get_base_model()
-        base.gradient_checkpointing_enable({"use_reentrant": False}) if checkpointing else base.gradient_checkpointing_disable()
-        generator = torch.Generator().manual_seed(0)
-        words = torch.randint(self.config.vocab_size - 16, (4 * batch, CAPTION_TOKENS - 1), generator=generator).tolist()
-        captions = [" ".join(f"word{i}" for i in row) for row in words]
-        embeddings = torch.randn(len(captions), self.sizes.embed_dim, generator=generator)
-        marks: list[float] = []
-        train_captioner(captioner, embeddings, captions, callback=lambda *_: marks.append(time.perf_counter()))
-        with torch.inference_mode():
-            positions = captioner.context(embeddings[:1]).shape[1] + CAPTION_TOKENS - 1
-        return intervals(marks, self.sizes.train_warmup), positions
-
-
-def word_tokenizer(prompt: str, vocab_size: int):
-    """A tokenizer of whole words that needs no file: <unk> <s> </s> as Llama's, a newline, the prompt's words, then word0, word1, ..."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    pattern = r"\n|\w+|[^\w\s]"
-    words = list(dict.fromkeys(["<unk>", "<s>", "</s>", "\n", *re.findall(pattern, prompt)]))
-    words += [f"word{i}" for i in range(vocab_size - len(words))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>")
-
-
 def llama_train(bench: Recorder, sizes: Sizes, llama: RandomCaptioner) -> None:
     """Steps of ``dl.captioner.training.train_captioner``: LoRA and projector learn, captions of 20 tokens behind bos, prefix and prompt."""
     def step(batch: int, checkpointing: bool, suffix: str) -> None:
-        times, length = llama.train(batch, checkpointing)
+        marks, length = llama.train(batch, checkpointing, CAPTION_TOKENS)
+        times = intervals(marks, sizes.train_warmup)
         where = {"batch": batch, "seq_len": length, "dtype": llama.dtype}
         layers, head = llama.parameters
         model_flop = 4 * batch * (length * layers + CAPTION_TOKENS * head)
@@ -349,26 +271,28 @@ def llama_generate(bench: Recorder, sizes: Sizes, llama: RandomCaptioner) -> Non
 # --------------------------------------------------------------------------------------------------------------- estimate
 def estimate(bench: Recorder) -> None:
     """Hours of a default run of the paper profile, stage by stage; ``reason`` is the formula. Decoding sounds and scoring are left out."""
-    clips, batch = sum(CLIPS.values()), PAPER.captioner.batch_size
-    encoder, captioner = {"batch": 16, "dtype": "float32"}, PAPER.captioner
-    rates = {
+    clips, seeds, steps = sum(CLIPS.values()), len(PAPER.seeds), PAPER.bridge.train_steps
+    batch, fits, fit_steps = PAPER.captioner.batch_size, DECODERS * len(PAPER.caption_seeds), PAPER.captioner.train_steps
+    encoder = {"batch": 16, "dtype": "float32"}                      # as dl embeds
+    parts = {                                                        # name: (how much, formula, how much a second)
         "embed_features": (clips, f"{clips:,} clips / features_per_s", bench.value("htsat_embed", "features_per_s", **encoder)),
         "embed_audio": (clips, f"{clips:,} clips / clips_per_s (float32, batch 16)", bench.value("htsat_embed", "clips_per_s", **encoder)),
         "embed_text": (CAPTIONS, f"{CAPTIONS:,} captions / captions_per_s", bench.value("htsat_embed", "captions_per_s")),
-        "bridge_training": (len(PAPER.seeds) * PAPER.bridge.train_steps, f"{len(PAPER.seeds)} seeds x {PAPER.bridge.train_steps:,} steps x step_time, "
-                            "without the search on val", bench.value("bridge_train", "steps_per_s")),
-        "captioner_training": (DECODERS * len(PAPER.caption_seeds) * captioner.train_steps,
-                               f"{DECODERS} decoders x {len(PAPER.caption_seeds)} seed x {captioner.train_steps:,} steps x step_time_checkpointed "
-                               f"(batch {batch}); at most, it may end earlier", inverse(bench.value("llama_train", "step_time_checkpointed", batch=batch))),
-        "generation": (CAPTION_ROWS * CLIPS["test"], f"{CAPTION_ROWS} rows x {CLIPS['test']} clips / clips_per_s_beam_4 ({NEW_TOKENS} tokens a caption)",
-                       bench.value("llama_generate", "clips_per_s_beam_4")),
+        "bridge_training": (
+            seeds * steps, f"{seeds} seeds x {steps:,} steps x step_time; the search on val is not in it", bench.value("bridge_train", "steps_per_s")),
+        "captioner_training": (
+            fits * fit_steps, f"{DECODERS} decoders x {len(PAPER.caption_seeds)} seed x {fit_steps:,} steps x step_time_checkpointed (batch {batch}); at most",
+            inverse(bench.value("llama_train", "step_time_checkpointed", batch=batch))),
+        "generation": (
+            CAPTION_ROWS * CLIPS["test"], f"{CAPTION_ROWS} rows x {CLIPS['test']} clips / clips_per_s_beam_4 ({NEW_TOKENS} tokens a caption)",
+            bench.value("llama_generate", "clips_per_s_beam_4")),
     }
-    for name, (amount, formula, rate) in rates.items():
+    for name, (amount, formula, rate) in parts.items():
         if rate is None:
             bench.not_measured("estimate", name, f"a part was not measured: {formula}", unit="h")
         else:
             bench.record("estimate", name, "h", amount / rate / 3600, formula)
-    hours = [bench.value("estimate", name) for name in rates]
+    hours = [bench.value("estimate", name) for name in parts]
     if None in hours:
         bench.not_measured("estimate", "total", "a part was not measured", unit="h")
     else:
@@ -393,13 +317,15 @@ def main(arguments: list[str] | None = None) -> int:
     bench, sizes = Recorder(options.out / "bench_gpu.csv", options.budget_seconds, device), TINY if options.tiny else Sizes()
     if device.type != "cuda" and not options.tiny:
         parser.error("no GPU is visible to torch: these sizes need one (--tiny runs on a CPU)")
-    llama = RandomCaptioner(sizes, device)
+    if options.tiny:
+        torch.set_num_threads(1)
+    llama = RandomCaptioner(sizes.embed_dim, sizes.captioner, sizes.llama, device)
     sections = {"ceilings": ceilings, "bridge_train": bridge_train, "htsat_embed": htsat_embed,
                 "llama_train": lambda *parts: llama_train(*parts, llama), "llama_generate": lambda *parts: llama_generate(*parts, llama)}
     for name, section in sections.items():
         try:
             section(bench, sizes)
-        except Exception as error:                                   # noqa: BLE001: the next section may still be measured
+        except Exception as error:                                   # noqa: BLE001  the next section may still be measured
             bench.not_measured(name, "section", f"{type(error).__name__}: {error}")
     estimate(bench)
     print(f"wrote {len(bench.rows)} rows, {sum(row['status'] != 'ok' for row in bench.rows)} of them not measured")

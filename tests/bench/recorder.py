@@ -72,7 +72,7 @@ class Recorder:
         try:
             self._reset_memory()
             measure()
-        except Exception as error:                       # noqa: BLE001: one failure must not cost the other rows
+        except Exception as error:                       # noqa: BLE001  one failure must not cost the other rows
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.not_measured(section, name, f"{type(error).__name__}: {error}", **where)
         finally:
@@ -85,9 +85,9 @@ class Recorder:
         return next((row["value"] for row in self.rows if all(row.get(key) == value for key, value in wanted.items())), None)
 
     def share(self, section: str, name: str, values: list[float], ceiling: float | None, reason: str, **where: object) -> None:
-        """``values`` as shares of a measured ceiling of the same unit."""
+        """``values`` as shares of a measured number of the same unit, ``ceiling``."""
         if ceiling is None:
-            self.not_measured(section, name, "its ceiling was not measured", unit="share", **where)
+            self.not_measured(section, name, "what it is a share of was not measured", unit="share", **where)
         else:
             self.record(section, name, "share", [value / ceiling for value in values], reason, **where)
 
@@ -113,12 +113,12 @@ class Recorder:
 
 
 def stopwatch(run: Callable[[], object], device: torch.device, repeats: int, warmup: int = 3, host: bool = False) -> list[float]:
-    """Seconds of each of ``repeats`` calls, after ``warmup`` ones.
+    """Seconds of each of ``repeats`` calls, after ``warmup`` ones (no more than repeats).
 
     On a GPU by events that are read at the end, so that the queue never runs dry; with ``host`` (and without a GPU) by the host's
     clock around a finished call, work of the host included.
     """
-    for _ in range(warmup):
+    for _ in range(min(warmup, repeats)):
         run()
     synchronize(device)
     if host or device.type != "cuda":
