@@ -9,7 +9,7 @@ cost, but a random decoder never ends a caption: generation is timed at its long
 Rates count useful work: TFLOP/s of a matrix product (m, k) x (k, n) are 2 m k n / s, GB/s of a copy are bytes read plus written. The
 captioner's step, for B captions of S positions of which M have a loss, N parameters in the layers and H in the output matrix:
 
-    forward   F = 2 B (S N + M H)            attention over S < 40 positions adds 0.1 %, LoRA and projector 0.3 %: left out
+    forward   F = 2 B (S N + M H)            attention over S < 40 positions, and LoRA with the projector, add 0.1 % each: left out
     model         2 F                        the gradients to the activations cost as much; the frozen weights have none: 4 N a token
     hardware      2 F + 2 B S N              gradient checkpointing computes the layers' forward pass once more: 6 N a token
 

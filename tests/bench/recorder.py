@@ -18,7 +18,7 @@ from dl.results import atomic_write, csv_text, device_name
 COLUMNS = ("section", "name", "value", "unit", "batch", "seq_len", "dtype", "repeats", "value_min", "value_max",
            "card", "torch", "transformers", "peft", "status", "reason")
 LIBRARIES = ("torch", "transformers", "peft")
-LIMIT = 120.0            # seconds that one guarded measurement may take
+LIMIT = 180.0            # seconds that one guarded measurement may take
 GIB = 2**30
 
 
