@@ -10,6 +10,7 @@ import pandas as pd
 from dl.config import REPO, get_profile
 from dl.report.answer import answer
 from dl.report.deviations import deviations_table
+from dl.report.gpu import gpu_table
 from dl.results import atomic_write, markdown_table
 
 HEADLINE = {"pair_cosine": "pair cosine ↑", "centroid_gap": "centroid gap ↓", "rmg": "RMG ↓", "recall_at_10": "R@10 ↑", "effective_rank": "effective rank"}
@@ -81,6 +82,7 @@ def timing_table(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": answer, "deviations": lambda results: deviations_table(), "gap": gap_table, "captions": captions_table, "claims": claims_table, "encoder": encoder_table, "timing": timing_table,
+    "gpu": gpu_table,
 }
 
 
