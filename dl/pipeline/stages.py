@@ -85,9 +85,16 @@ def sha256(data: bytes | str) -> str:
 
 # ------------------------------------------------------------------------------------------------------ what a notebook is
 def read_notebook(path: Path) -> list[dict]:
-    """The cells of a notebook with their ``source`` as one string."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [{**cell, "source": "".join(cell["source"])} for cell in cells]
+    """The cells of a notebook with their ``source`` as one string.
+
+    Raises:
+        StageError: the file is no notebook.
+    """
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [{**cell, "source": "".join(cell["source"])} for cell in cells]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"notebooks/{path.name} is not a notebook ({type(error).__name__}): git checkout -- notebooks") from None
 
 
 def parameter_names(path: Path) -> list[str]:
@@ -186,11 +193,12 @@ class Run:
         return self.profile.cache_dir / "stamps" / f"{number}.json"
 
     def stamp(self, number: str) -> dict:
-        """The stage's stamp; empty if it never finished."""
+        """The stage's stamp; empty if it never finished, or the file is damaged."""
         try:
-            return json.loads(self.stamp_file(number).read_text())
+            stamp = json.loads(self.stamp_file(number).read_text())
         except (OSError, ValueError):
             return {}
+        return stamp if isinstance(stamp, dict) and {"notebook", "parts", "outputs", "rows", "wall_s", "finished"} <= stamp.keys() else {}
 
     def parameters(self, stage: Stage) -> dict:
         """What papermill passes: profile, and those of ``asked`` that the notebook takes."""
@@ -258,7 +266,7 @@ class Run:
         try:
             with open(self.results / METRICS, newline="", encoding="utf-8") as file:
                 return {"|".join(row.get(column) or "" for column in key): sha256(str(row)) for row in csv.DictReader(file)}
-        except OSError:
+        except (OSError, ValueError, csv.Error):
             return {}
 
     def reason(self, stage: Stage) -> str | None:

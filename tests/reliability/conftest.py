@@ -1,0 +1,43 @@
+"""What the reliability tests count: faults tried and survived, bad inputs and what became of them, limits measured.
+
+Every test of this folder enters what it tried into the ledger; the run ends with its summary. ``./run_all.sh test --slow
+--write-reliability`` keeps it as ``results/reliability.csv``; no other run touches that file.
+"""
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ledger import COLUMNS, LEDGER, Ledger
+
+from dl.config import REPO
+from dl.results import atomic_write, csv_text
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """The one ledger of this run."""
+    return LEDGER
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not (LEDGER.counts or LEDGER.measures):
+        return
+    terminalreporter.section("reliability")
+    for line in LEDGER.lines():
+        terminalreporter.line(line)
+    if config.getoption("--write-reliability"):
+        of = "slow" if config.getoption("--slow") else "fast"
+        path = atomic_write(REPO / "results/reliability.csv", csv_text(LEDGER.rows(of), COLUMNS))
+        terminalreporter.line(f"written to {path.relative_to(REPO)}")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that every user may enter (pytest's own are closed to ``nobody``)."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
