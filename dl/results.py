@@ -223,12 +223,12 @@ class RowFile:
         try:
             with open(self.path, newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file, strict=True)
-                rows = list(reader)
+                rows, columns = list(reader), reader.fieldnames or ()
         except (csv.Error, UnicodeDecodeError) as error:
             reason = str(error)
         else:
             bad = [number for number, row in enumerate(rows, 2) if None in row or None in row.values()]
-            if set(reader.fieldnames or ()) == set(self.columns) and not bad:
+            if set(columns) == set(self.columns) and not bad:
                 return rows
             reason = f"row {bad[0]} has more or fewer cells than the header" if bad else "other columns"
         raise ValueError(f"{self.path} is not as it was written ({reason}): get it back with git, or move it away and run its stages again")
