@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from dl.audio import AudioError, check_end, open_audio
 from dl.bridge.network import DiffusionLink
@@ -111,21 +110,15 @@ def load_captions(profile: Profile, bridge: bool = True) -> Captions:
 
 
 def opened(kind: type, folder: Path, remedies: dict[str, str]) -> torch.nn.Module:
-    """``kind.from_pretrained(folder)``.
+    """``kind.from_pretrained(folder)``, whose weights must be numbers.
 
     Raises:
-        MissingWeights: the folder's files are damaged, do not belong together, or hold NaN; its name's remedy makes them anew.
-        ValueError, ModuleNotFoundError: what the model itself says in one line.
+        MissingWeights: the weights hold NaN; the folder's remedy makes them anew.
+        ValueError, OSError, ModuleNotFoundError: what the model itself says in one line.
     """
-    def unusable(reason: str) -> MissingWeights:
-        return MissingWeights(f"the {folder.name} in {folder} cannot be used ({reason}): make it anew with {remedies[folder.name]}")
-
-    try:
-        model = kind.from_pretrained(folder)
-    except (SafetensorError, OSError, RuntimeError, TypeError, AttributeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise unusable(" ".join(str(error).split())[:160] or type(error).__name__) from None
+    model = kind.from_pretrained(folder)
     if not all(torch.isfinite(value).all() for value in model.parameters()):
-        raise unusable("its weights hold NaN or infinity")
+        raise MissingWeights(f"the {folder.name} in {folder} has weights that are NaN or infinite: make it anew with {remedies[folder.name]}")
     return model
 
 
