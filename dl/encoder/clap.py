@@ -271,6 +271,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict] | None:
         tensors = load_file(path)
         if about.pop("sha256", None) not in (None, _digest(tensors)):
             raise ValueError("its checksum does not fit its content")
+        if not about.keys() & {"lists", "skipped"}:
+            raise ValueError("its header does not say whose vectors they are")
     except (SafetensorError, ValueError, AttributeError) as error:
         print(f"embeddings {path} are damaged ({' '.join(str(error).split())[:100]}): they are made anew", file=sys.stderr, flush=True)
         return None

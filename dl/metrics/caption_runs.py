@@ -229,7 +229,7 @@ def read_candidates(path: str | Path) -> tuple[list[str], dict[Key, list[Run]], 
     names = [name for name in rows[0] if name.removeprefix("caption_").isdigit()]
     try:
         references = [[caption for name in names for caption in _read_reference(row[name])] for row in rows]
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(f"{path}: a reference in brackets is no list of captions as Python writes it, ['A dog barks']: write it so") from None
     return [row["clip_id"] for row in rows], runs, references
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 import dl
 from dl.config import REPO, Profile
 
+KERNEL_ENDS_S = 2.0          # s, after which the kernel of a killed run is gone
 METRICS = "metrics.csv"      # every stage keeps its own rows in it
 SHARED = (METRICS, "table2.csv", "table2.md", "claims.csv", "claims.md")     # made by several stages from metrics.csv: content does not count
 SEARCH = ("{results}/search.csv", "results/mini/search.csv")     # what was chosen on val; stage 06 writes it anew with --full
@@ -319,7 +321,13 @@ class Run:
                 file.seek(0)
                 raise StageError(f"another run (process {file.read().strip() or '?'}) is writing {self.name(self.results)}: "
                                  "wait for it, or stop it first") from None
+            file.seek(0)
+            if file.read():                           # the run before was killed: its kernel notices that within a second, and may write until then
+                time.sleep(KERNEL_ENDS_S)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)

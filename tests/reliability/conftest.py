@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from ledger import COLUMNS, LEDGER, Ledger
 
 from dl.config import REPO
@@ -21,6 +22,13 @@ from dl.results import atomic_write, csv_text
 def ledger() -> Ledger:
     """The one ledger of this run."""
     return LEDGER
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """hypothesis tries the same examples at every run and keeps nothing; no deadline, the machine may be busy; ten times as many with ``--slow``."""
+    examples = 1000 if config.getoption("--slow") else 100
+    settings.register_profile("reliability", max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    settings.load_profile("reliability")
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
