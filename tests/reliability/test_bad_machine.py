@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from test_pipeline import SETUP, ran, toy, write_notebook  # noqa: F401
 
 from dl import results
 from dl.bridge.training import train_bridge
+from dl.captioner import language_model
 from dl.config import REPO, BridgeConfig, get_profile
 from dl.data import load_split
 from dl.encoder.clap import embed_split, load_embeddings
@@ -171,8 +173,6 @@ def test_a_java_that_does_not_start_is_passed_over(tmp_path, monkeypatch, ledger
 ])
 def test_without_a_home(tmp_path, ledger, arguments, words):
     """An unknown user without HOME, as containers have it."""
-    import re
-
     code = f"import os, sys, pathlib; os.environ.pop('HOME', None); os.environ.pop('XDG_CACHE_HOME', None)\n" \
            f"os.path.expanduser = lambda path: path\nfrom dl.__main__ import main; sys.exit(main({arguments!r}))"
     with ledger.attempt("bad input", "no home"):
@@ -182,8 +182,6 @@ def test_without_a_home(tmp_path, ledger, arguments, words):
 
 
 def test_the_language_model_without_a_home(monkeypatch, ledger):
-    from dl.captioner import language_model
-
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
