@@ -4,6 +4,7 @@ The package in reading order, each module importing only what stands above it:
 
 * ``config``       profiles smoke, mini and paper: sizes, paths, hyper-parameters, each with its source
 * ``results``      files of results/<profile>/: atomic writing, metrics.csv, provenance
+* ``audio``        sound files, opened with distrust
 * ``data``         clips and captions; ``scenes`` mixes those of data/mini from real recordings
 * ``precision``    float32 or bfloat16, whichever the machine computes faster
 * ``encoder/``     the frozen CLAP encoder and its embedding cache

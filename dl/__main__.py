@@ -45,7 +45,7 @@ def literal(text: str) -> object:
     """A value as Python writes it (1, 0.5, True, None), else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return text
 
 

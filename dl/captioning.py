@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -257,12 +258,27 @@ def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embedd
             vectors = vectors_of(row) if vectors_of else system_vectors(profile, row, train, test, seed)
             key = short_hash(fit=fit.key, vectors=vectors, decoding=[beams, profile.captioner.max_new_tokens])
             path = profile.cache_dir / "captions" / f"{decoder}-{row.system}-{row.space}-{seed}-{decoding_name(beams).replace(' ', '')}-{key}.json"
-            if not path.is_file():
+            if (texts := read_texts(path, len(vectors))) is None:
                 captioner = captioner or fit.load(progress)
                 texts = captioner.generate(vectors, num_beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
                 atomic_write(path, json.dumps(texts, indent=0))
-            found[row] = json.loads(path.read_text(encoding="utf-8"))
+            found[row] = texts
     return {row: found[row] for row in rows}
+
+
+def read_texts(path: Path, n: int) -> list[str] | None:
+    """The n captions of a cache file; None where there is no file, and, with a line on stderr, where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(texts, list) and len(texts) == n and all(isinstance(text, str) for text in texts):
+            return texts
+        reason = f"not {n} captions"
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:100]
+    print(f"captions {path} are damaged ({reason}): they are generated anew", file=sys.stderr, flush=True)
+    return None
 
 
 def disjoint_rows(profile: Profile, seed: int, train: Embeddings, split: Split, val: Embeddings, test: Embeddings, *,

@@ -5,6 +5,7 @@ Both data sets end in the same :class:`Split`; nothing after this module knows w
 """
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,20 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
 import soxr
 
+from dl.audio import AudioError, read_mono
 from dl.config import SPLITS, Profile
 
 SAMPLING_RATE = 48_000                                     # Hz, CLAP's input rate [paper~]
 CAPTION_COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]   # AudioCaps' own
+SCENE_COLUMNS = ["youtube_id", "recordings", "offsets_s", "gains_db", "noise_dbfs", "seconds", "noise_seed"]     # what a mix needs
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg")
 SILENCE = 1e-5                                             # [ours] peak, -100 dBFS; below it a clip holds nothing to embed
 SHORTEST_S = 0.05                                          # [ours] less than this cannot be embedded
-
-
-class AudioError(ValueError):
-    """A sound that cannot be used; the message names the file and the reason."""
+READ_S = 30                                                # [ours] of an AudioCaps file no more is read: CLAP hears 10 s, and an hour would fill the memory
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,19 @@ def ids_sha256(clip_ids: list[str]) -> str:
     return hashlib.sha256("\n".join(clip_ids).encode()).hexdigest()
 
 
-def read_audio(path: str | Path) -> np.ndarray:
+def read_audio(path: str | Path, seconds: float | None = None) -> np.ndarray:
     """Read any file soundfile understands as mono float32 (samples,) at 48 kHz, in about [-1, 1].
 
     Channels are averaged; other rates are resampled by soxr (HQ).
 
+    Args:
+        seconds: read at most so much of its beginning; None reads it all.
+
     Raises:
-        AudioError: unreadable, empty, too short, silent or not finite; the message names the file.
+        AudioError: unreadable, cut off, empty, too short, silent or not finite; the message names the file.
     """
-    path = Path(path)
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)      # (samples, channels)
-    except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
-        reason = "no such file" if not path.exists() else f"not readable as audio ({str(error).splitlines()[0][:120]})"
-        raise AudioError(f"{path}: {reason}; give a WAV, FLAC, Ogg, Opus or MP3 file") from None
-    return check_waveform(samples.mean(axis=1), rate, str(path))
+    samples, rate = read_mono(path, seconds)
+    return check_waveform(samples, rate, str(path))
 
 
 def check_waveform(waveform: np.ndarray, sampling_rate: int, name: str = "waveform") -> np.ndarray:
@@ -106,18 +103,43 @@ def read_captions(path: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing, an id repeats or a caption is empty; the message names the file and the row.
+        ValueError: see :func:`read_table`; an id repeats, or an id or a caption is empty; the message names the file and the row.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: it must hold the columns {','.join(CAPTION_COLUMNS)}")
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    if absent := [column for column in CAPTION_COLUMNS if column not in frame]:
-        raise ValueError(f"{path}: column {', '.join(absent)} is missing; AudioCaps' columns are {','.join(CAPTION_COLUMNS)}")
+    frame = read_table(path, CAPTION_COLUMNS)
+    if frame.empty:
+        raise ValueError(f"{path}: holds no captions, only its header; give at least one row")
     if repeated := frame.audiocap_id[frame.audiocap_id.duplicated()].tolist():
         raise ValueError(f"{path}: audiocap_id {repeated[0]} stands {frame.audiocap_id.eq(repeated[0]).sum()} times; ids are unique")
     if (empty := frame.caption.str.strip().eq("")).any():
         raise ValueError(f"{path}: row {int(empty.idxmax()) + 2} has an empty caption; fill it in or remove the row")
+    if (nameless := frame.youtube_id.eq("") | frame.start_time.eq("")).any():
+        raise ValueError(f"{path}: row {int(nameless.idxmax()) + 2} has no youtube_id or no start_time; fill it in or remove the row")
     return frame
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a CSV in UTF-8, with or without a byte order mark, every cell a string; blank lines do not count.
+
+    Read by the csv module in its strict mode: pandas takes an unquoted comma in the first caption for a column of row names.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no CSV in UTF-8, a column is missing, or a row has more or fewer cells than the header.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it must hold the columns {','.join(columns)}")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            header, *rows = [row for row in csv.reader(file, strict=True) if row] or [[]]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not in UTF-8 (byte {error.start}); save it as 'CSV UTF-8'") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: is not a CSV ({error}); put cells with quotes or line ends in quotes and double the quotes inside") from None
+    if absent := [column for column in columns if column not in header]:
+        raise ValueError(f"{path}: column {', '.join(absent)} is missing; the columns are {','.join(columns)}")
+    if wrong := [number for number, row in enumerate(rows, 2) if len(row) != len(header)]:
+        raise ValueError(f"{path}: row {wrong[0]} has {len(rows[wrong[0] - 2])} cells, the header {len(header)}; put a caption with commas in quotes")
+    return pd.DataFrame(rows, columns=header, dtype=str)
 
 
 def load_split(profile: Profile, split: str) -> Split:
@@ -140,12 +162,19 @@ def load_split(profile: Profile, split: str) -> Split:
 def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Series) -> Split:
     from dl.scenes import mix_scene
 
-    scenes = pd.read_csv(data_dir / "scenes.csv", dtype=str, keep_default_na=False).set_index("youtube_id")
+    scenes = read_table(data_dir / "scenes.csv", SCENE_COLUMNS).drop_duplicates("youtube_id").set_index("youtube_id")
+    if absent := [scene for scene in rows.youtube_id if scene not in scenes.index]:
+        raise ValueError(f"{data_dir / 'scenes.csv'}: scene {absent[0]} of {split}.csv is not in it; both ship together: git checkout -- data/mini")
     frame = scenes.loc[rows.youtube_id].reset_index()
     files = recording_files(data_dir)
 
     def waveform(index: int) -> np.ndarray:
-        return mix_scene(frame.iloc[index], lambda clip_id: read_recording(files[clip_id]))
+        try:
+            return mix_scene(frame.iloc[index], lambda clip_id: read_recording(files[clip_id]))
+        except AudioError:
+            raise
+        except (KeyError, ValueError) as error:
+            raise AudioError(f"{captions.index[index]}: its row of scenes.csv cannot be mixed ({error}); git checkout -- data/mini") from None
 
     return Split(split, list(captions.index), list(captions), frame, waveform)
 
@@ -159,13 +188,20 @@ def _audiocaps_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: p
         raise FileNotFoundError(f"{folder}: none of the {len(captions)} clips of split '{split}' is there; "
                                 "files are named <youtube_id>_<start_time>.wav|flac|mp3|opus")
     return Split(split, present, list(captions[present]), rows.loc[present].reset_index(drop=True),
-                 lambda index: read_audio(on_disk[present[index]]), missing)
+                 lambda index: read_audio(on_disk[present[index]], READ_S), missing)
 
 
 def recording_files(data_dir: Path) -> dict[str, Path]:
-    """Map the ids of ``recordings.csv`` to their Ogg Opus files."""
-    frame = pd.read_csv(data_dir / "recordings" / "recordings.csv", dtype=str, keep_default_na=False)
-    return {clip_id: data_dir / "recordings" / file for clip_id, file in zip(frame.clip_id, frame.file, strict=True)}
+    """Map the ids of ``recordings.csv`` to their Ogg Opus files.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_table`; also a file that would lie outside the folder.
+    """
+    path = data_dir / "recordings" / "recordings.csv"
+    frame = read_table(path, ["clip_id", "file"])
+    if outside := [file for file in frame.file if Path(file).is_absolute() or ".." in Path(file).parts]:
+        raise ValueError(f"{path}: file {outside[0]!r} leads out of {path.parent}; recordings lie in it")
+    return {clip_id: path.parent / file for clip_id, file in zip(frame.clip_id, frame.file, strict=True)}
 
 
 @lru_cache(maxsize=1024)

@@ -5,7 +5,9 @@ calls, so that a run that was killed leaves nothing half-written and two equal r
 """
 from __future__ import annotations
 
+import contextlib
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -19,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pandas as pd
+import psutil
 
 from dl.config import REPO, Profile
 
@@ -52,21 +55,37 @@ def atomic_write(path: str | Path, data: bytes | str) -> Path:
 
     Returns:
         ``path`` as a Path.
+
+    Raises:
+        OSError: a full disk, a folder that may not be written; the message names the file and says what to do.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     payload = data.encode("utf-8") if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(path)
         with open(temporary, "wb") as file:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(error.errno, f"{path} cannot be written ({error.strerror}): free space on its disk or make its folder writable, or set "
+                                   "DL_RESULTS to another one; what was written before stays") from error
     return path
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove the temporary files of ``path`` that a killed process left behind."""
+    for file in path.parent.glob(f".{glob.escape(path.name)}.*.*.tmp"):
+        process = file.name.removeprefix(f".{path.name}.").split(".")[0]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            file.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -194,11 +213,25 @@ class RowFile:
         self.path, self.columns, self.key = Path(path), columns, key
 
     def read(self) -> list[dict[str, str]]:
-        """All rows as text, in the file's order; an absent file has none."""
+        """All rows as text, in the file's order; an absent file has none.
+
+        Raises:
+            ValueError: it is not the file that ``add`` wrote: cut off, edited, or of another version.
+        """
         if not self.path.exists():
             return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file, strict=True)
+                rows, columns = list(reader), reader.fieldnames or ()
+        except (csv.Error, UnicodeDecodeError) as error:
+            reason = str(error)
+        else:
+            bad = [number for number, row in enumerate(rows, 2) if None in row or None in row.values()]
+            if set(columns) == set(self.columns) and not bad:
+                return rows
+            reason = f"row {bad[0]} has more or fewer cells than the header" if bad else "other columns"
+        raise ValueError(f"{self.path} is not as it was written ({reason}): get it back with git, or move it away and run its stages again")
 
     def add(self, rows: list[dict]) -> None:
         """Add rows; a row whose key is there already replaces the old one.

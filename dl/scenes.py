@@ -54,12 +54,17 @@ def mix_scene(scene: pd.Series, read_recording: Callable[[str], np.ndarray]) -> 
 
     Returns:
         float32 (seconds * 48,000,), peak at most 1: sum_i 10^(gain_i / 20) r_i(t - offset_i) + noise, scaled down if it would clip.
+
+    Raises:
+        ValueError: a cell that is no number, lists of different lengths, a recording that would start outside the scene.
     """
     samples = round(float(scene.seconds) * SAMPLING_RATE)
     noise = np.random.default_rng(int(scene.noise_seed)).standard_normal(samples, dtype=np.float32)
     mix = noise * np.float32(10 ** (float(scene.noise_dbfs) / 20))
     for clip_id, offset, gain in zip(scene.recordings.split(";"), scene.offsets_s.split(";"), scene.gains_db.split(";"), strict=True):
         start = round(float(offset) * SAMPLING_RATE)
+        if not 0 <= start <= samples:
+            raise ValueError(f"{clip_id} would start at {offset} s, outside the scene")
         sound = read_recording(clip_id)
         if len(sound) > samples - start:
             sound = sound[: samples - start].copy()

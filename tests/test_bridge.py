@@ -262,7 +262,7 @@ def test_loading_is_strict(bridge, tmp_path):
     with pytest.raises(ValueError, match="start_timestp"):
         DiffusionLink.from_pretrained(tmp_path / "bridge")
     (tmp_path / "bridge/config.json").write_text(json.dumps({**config, "num_blocks": 4}))
-    with pytest.raises(RuntimeError, match="blocks.3"):
+    with pytest.raises(ValueError, match="bridge is damaged .*blocks.3.*: copy or train it again"):
         DiffusionLink.from_pretrained(tmp_path / "bridge")
     with pytest.raises(FileNotFoundError, match="run notebook 05"):
         DiffusionLink.from_pretrained(tmp_path / "nothing" / "here")

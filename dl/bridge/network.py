@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import math
 import tempfile
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dl.bridge.scheduler import DDIMScheduler, ddim_sample, standard_normal
@@ -247,19 +249,22 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
 
         Raises:
             FileNotFoundError: the folder has no bridge in it.
-            ValueError: its config.json has a field that DiffusionLink does not know.
+            ValueError: damaged files, weights that do not fit config.json, a field in it that DiffusionLink does not know.
         """
         path = Path(pretrained_model_name_or_path)
         is_hub_name = not path.is_dir() and not path.is_absolute() and len(path.parts) == 2
         if not is_hub_name and not (path / "model.safetensors").is_file():
             raise FileNotFoundError(f"no bridge in {path}: run notebook 05, or ./run_all.sh --only 05")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (SafetensorError, RuntimeError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"the bridge in {path} is damaged ({' '.join(str(error).split())[:160]}): copy or train it again") from error
 
     @classmethod
     def _from_pretrained(cls, *, config: dict | None = None, **kwargs) -> DiffusionLink:
         """The mixin's loader, made strict about weights and config fields, and silent on stdout."""
         if unknown := set(config or {}) - set(cls._hub_mixin_init_parameters):
-            raise ValueError(f"config.json has unknown fields {sorted(unknown)}: remove them, or load it with the version that wrote it")
+            raise ValueError(f"{kwargs.get('model_id')}/config.json has unknown fields {sorted(unknown)}: remove them, or load it with the version that wrote it")
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(**{**kwargs, "strict": True})
 

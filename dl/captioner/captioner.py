@@ -240,9 +240,13 @@ class LLMCaptioner(nn.Module):
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"the captioner in {path} is damaged ({' '.join(str(error).split())[:80]}): copy or train it again") from error
         known = {"embed_dim"} | {field.name for field in fields(CaptionerConfig)}
-        if differing := sorted(known ^ set(values)):
+        if differing := sorted(known ^ set(values if isinstance(values, dict) else ())):
             raise ValueError(f"{path / 'config.json'}: unknown or missing fields {', '.join(differing)}; load it with the version that wrote it")
-        captioner = cls(values.pop("embed_dim"), CaptionerConfig(**values))
+        try:
+            captioner = cls(values.pop("embed_dim"), CaptionerConfig(**values))
+        except TypeError as error:
+            raise ValueError(f"{path / 'config.json'}: a value of the wrong type ({' '.join(str(error).split())[:80]}); "
+                             "load it with the version that wrote it") from error
         captioner.load_trainable_state(tensors)
         return captioner
 

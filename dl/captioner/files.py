@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 
+from dl.audio import AudioError, check_end, open_audio
 from dl.bridge.network import DiffusionLink
 from dl.captioner.captioner import LLMCaptioner
 from dl.config import Profile
-from dl.data import SHORTEST_S, SILENCE, AudioError, check_waveform
+from dl.data import SHORTEST_S, SILENCE, check_waveform
 from dl.encoder.clap import ClapEncoder
 
 WINDOW_S = 10                 # s, what the encoder hears [paper~]
@@ -52,26 +51,21 @@ def read_windows(path: str | Path) -> Iterator[Window]:
         AudioError: not there, not audio, empty, shorter than 0.05 s, silent from end to end, or with NaN or infinite samples.
             It may come after some windows (a damaged end); the message names the file and says what to do.
     """
-    path, heard, place = Path(path), False, 0
-    if path.is_dir():
-        raise AudioError(f"{path}: is a folder; name the files in it")
-    try:
-        with soundfile.SoundFile(os.fsencode(path)) as file:                         # bytes: a name need not be UTF-8
-            rate, block = file.samplerate, WINDOW_S * file.samplerate
-            while True:
-                samples = file.read(block, dtype="float32", always_2d=True)          # (samples, channels)
-                start, seconds = place * WINDOW_S, len(samples) / rate
-                if seconds < (TAIL_S if place else SHORTEST_S):
-                    if not place:
-                        raise AudioError(f"{path}: {len(samples)} samples at {rate} Hz are too short; give at least {SHORTEST_S} s")
-                    break
-                waveform, place = samples.mean(axis=1), place + 1
-                silent = np.abs(waveform).max() < SILENCE                            # False for NaN, which check_waveform names
-                heard |= not silent
-                yield start, start + seconds, None if silent else check_waveform(waveform, rate, str(path))
-    except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError) as error:
-        reason = "no such file" if not path.exists() else f"not readable as audio ({str(error).splitlines()[0][:120]})"
-        raise AudioError(f"{path}: {reason}; give a WAV, FLAC, Ogg, Opus or MP3 file") from None
+    path, heard, place, count = Path(path), False, 0, 0
+    with open_audio(path) as file:
+        rate = file.samplerate
+        while True:
+            samples = file.read(WINDOW_S * rate, dtype="float32", always_2d=True)    # (samples, channels)
+            start, seconds, count = place * WINDOW_S, len(samples) / rate, count + len(samples)
+            if seconds < (TAIL_S if place else SHORTEST_S):
+                check_end(path, file, count)
+                if not place:
+                    raise AudioError(f"{path}: {len(samples)} samples at {rate} Hz are too short; give at least {SHORTEST_S} s")
+                break
+            waveform, place = samples.mean(axis=1), place + 1
+            silent = np.abs(waveform).max() < SILENCE                                # False for NaN, which check_waveform names
+            heard |= not silent
+            yield start, start + seconds, None if silent else check_waveform(waveform, rate, str(path))
     if not heard:
         raise AudioError(f"{path}: silent (peak below -100 dBFS); choose another file")
 
@@ -96,14 +90,15 @@ def load_captions(profile: Profile, bridge: bool = True) -> Captions:
         if not (folder / name / "config.json").is_file():
             raise MissingWeights(f"the {name} of profile {profile.name} is missing ({folder / name}): "
                                  f"make it with ./run_all.sh --profile {profile.name} --only {stage}")
-    captioner = LLMCaptioner.from_pretrained(folder / "captioner").to("cuda" if torch.cuda.is_available() else "cpu")
-    link = DiffusionLink.from_pretrained(folder / "bridge") if bridge else None
+    remedies = {name: f"./run_all.sh --profile {profile.name} --only {stage} --force" for name, stage in stages.items()}
+    captioner = opened(LLMCaptioner, folder / "captioner", remedies).to("cuda" if torch.cuda.is_available() else "cpu")
+    link = opened(DiffusionLink, folder / "bridge", remedies) if bridge else None
     encoder = ClapEncoder.from_pretrained(profile.encoder)
     widths = {name: model.embed_dim for name, model in (("captioner", captioner), ("bridge", link)) if model is not None}
     for name, width in widths.items():
         if width != encoder.embed_dim:
             raise MissingWeights(f"the {name} of profile {profile.name} takes vectors of {width} numbers, the encoder {profile.encoder} gives "
-                                 f"{encoder.embed_dim}: make it anew with ./run_all.sh --profile {profile.name} --only {stages[name]} --force")
+                                 f"{encoder.embed_dim}: make it anew with {remedies[name]}")
 
     def captions(waveforms: list[np.ndarray]) -> list[str]:
         vectors = encoder.embed_audio(waveforms)                                     # (B, D)
@@ -112,6 +107,19 @@ def load_captions(profile: Profile, bridge: bool = True) -> Captions:
         return captioner.generate(vectors)
 
     return captions
+
+
+def opened(kind: type, folder: Path, remedies: dict[str, str]) -> torch.nn.Module:
+    """``kind.from_pretrained(folder)``, whose weights must be numbers.
+
+    Raises:
+        MissingWeights: the weights hold NaN; the folder's remedy makes them anew.
+        ValueError, OSError, ModuleNotFoundError: what the model itself says in one line.
+    """
+    model = kind.from_pretrained(folder)
+    if not all(torch.isfinite(value).all() for value in model.parameters()):
+        raise MissingWeights(f"the {folder.name} in {folder} has weights that are NaN or infinite: make it anew with {remedies[folder.name]}")
+    return model
 
 
 def caption_file(path: str | Path, captions: Captions) -> Iterator[dict]:
@@ -157,7 +165,7 @@ def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = 
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():      # stdout is for captions, stderr for files
             warnings.simplefilter("ignore")
             captions = load_captions(profile, bridge)
-    except (MissingWeights, ModuleNotFoundError, ValueError) as error:              # absent, or damaged: each says what to do
+    except (MissingWeights, ModuleNotFoundError, ValueError, OSError) as error:     # absent, or damaged: each says what to do
         print(f"caption: {printable(str(error))}", file=sys.stderr)
         return 1
     entries, failed = [], 0
@@ -168,10 +176,11 @@ def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = 
                 if not as_json:
                     text = printable(entry["caption"]) if entry["caption"] is not None else f"({entry['note']})"
                     print(f"{printable(str(path))}  {clock(entry['start_s'])}-{clock(entry['end_s'])}  {text}", flush=True)
-        except AudioError as error:
+        except ValueError as error:                                                 # AudioError, or vectors that a model refuses
             failed = 1
-            entries.append({"file": str(path), "error": str(error).removeprefix(f"{Path(path)}: ")})
-            print(f"caption: {printable(str(error))}", file=sys.stderr, flush=True)
+            reason = str(error).removeprefix(f"{Path(path)}: ")
+            entries.append({"file": str(path), "error": reason})
+            print(f"caption: {printable(f'{Path(path)}: {reason}')}", file=sys.stderr, flush=True)
     if as_json:
         print(json.dumps(entries, indent=1))
     return failed

@@ -84,8 +84,15 @@ def smollm2_gguf() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where the dequantised model is kept: diffusion-link under XDG_CACHE_HOME, or under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-link"
+    """Where the dequantised model is kept: diffusion-link under XDG_CACHE_HOME, or under ~/.cache.
+
+    Raises:
+        ValueError: there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-link"
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep the language model in: set XDG_CACHE_HOME to a folder that can be written") from None
 
 
 def _dequantised(gguf: Path, sha256: str) -> Path:

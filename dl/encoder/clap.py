@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -121,7 +122,11 @@ class MiniClapBackend:
         weights = folder / "model.safetensors"
         if not weights.is_file():
             raise FileNotFoundError(f"{weights} is missing: it ships with the repository; restore it with git, or train it: ./run_all.sh --only A2")
-        return cls(MiniClap.from_pretrained(folder), hashlib.sha256(weights.read_bytes()).hexdigest(), device)
+        try:
+            model = MiniClap.from_pretrained(folder)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights} is damaged ({' '.join(str(error).split())[:80]}): git checkout -- data/mini") from None
+        return cls(model, hashlib.sha256(weights.read_bytes()).hexdigest(), device)
 
     @torch.inference_mode()
     def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
@@ -182,7 +187,7 @@ def decode(split: Split, places: Sequence[int], workers: int = 4) -> Iterator[tu
     """Decode clips in threads, in order; a clip that cannot be used comes as its error."""
     def one(place: int) -> np.ndarray | AudioError:
         try:
-            return crop(check_waveform(split.waveform(place), SAMPLING_RATE, split.clip_ids[place]))
+            return check_waveform(crop(split.waveform(place)), SAMPLING_RATE, split.clip_ids[place])     # silent where it is heard
         except AudioError as error:
             return error
 
@@ -204,19 +209,20 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     """
     key = cache_key(split, encoder)
     final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
-    if final.is_file() and _about(final).get("key") == key:
-        return load_embeddings(profile, split.name)
-    shards = final.with_name(f"{split.name}-{key[:16]}")
+    if (found := _read(final)) and found[1].get("key") == key:
+        return Embeddings(split=split.name, **found[0], **found[1]["lists"])
+    shards, parts = final.with_name(f"{split.name}-{key[:16]}"), []
     with tqdm(total=len(split), desc=f"{split.name}: audio", unit="clip", disable=not progress) as bar:
         for start in range(0, len(split), SHARD_SIZE):
             places = range(start, min(start + SHARD_SIZE, len(split)))
             shard = shards / f"{start:08d}.safetensors"
-            if not shard.is_file():
+            if (part := _read(shard)) is None:
                 _embed_shard(shard, split, places, encoder)
+                part = _read(shard)
+            parts.append(part)
             bar.update(len(places))
-    files = sorted(shards.glob("*.safetensors"))
-    stored = [load_file(file) for file in files]
-    skipped = [reason for file in files for reason in _about(file)["skipped"]]
+    stored = [tensors for tensors, _ in parts]
+    skipped = [reason for _, about in parts for reason in about["skipped"]]
     kept = torch.cat([part["places"] for part in stored]).tolist()
     if not kept:
         raise AudioError(f"none of the {len(split)} clips of split '{split.name}' could be used: " + "; ".join(skipped[:3]))
@@ -245,22 +251,42 @@ def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder)
 
 def _write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
     """All that is no tensor goes into one entry: safetensors writes several in an order that changes from run to run."""
-    atomic_write(path, save(tensors, {"about": json.dumps(about)}))
+    atomic_write(path, save(tensors, {"about": json.dumps({**about, "sha256": _digest(tensors)})}))
 
 
-def _about(path: Path) -> dict:
-    with safe_open(path, "pt") as file:
-        return json.loads((file.metadata() or {}).get("about", "{}"))
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(np.ascontiguousarray(tensors[name].numpy()))
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict] | None:
+    """Tensors and what was written about them; None where there is no file, and, with a line on stderr, where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+        tensors = load_file(path)
+        if about.pop("sha256", None) not in (None, _digest(tensors)):
+            raise ValueError("its checksum does not fit its content")
+        if not about.keys() & {"lists", "skipped"}:
+            raise ValueError("its header does not say whose vectors they are")
+    except (SafetensorError, ValueError, AttributeError) as error:
+        print(f"embeddings {path} are damaged ({' '.join(str(error).split())[:100]}): they are made anew", file=sys.stderr, flush=True)
+        return None
+    return tensors, about
 
 
 def load_embeddings(profile: Profile, split: str) -> Embeddings:
     """Read the cached vectors of ``split`` without opening the encoder.
 
     Raises:
-        FileNotFoundError: they are missing; the message says which command makes them.
+        FileNotFoundError: they are missing or damaged; the message says which command makes them.
     """
-    path = profile.cache_dir / "embeddings" / f"{split}.safetensors"
-    if not path.is_file():
+    found = _read(profile.cache_dir / "embeddings" / f"{split}.safetensors")
+    if found is None:
         raise FileNotFoundError(f"embeddings for split '{split}' are missing: run notebook 02, or "
                                 f"./run_all.sh --profile {profile.name} --only 02")
-    return Embeddings(split=split, **load_file(path), **_about(path)["lists"])
+    return Embeddings(split=split, **found[0], **found[1]["lists"])

@@ -130,7 +130,7 @@ class SystemScores:
             shared = {**labels, "system": self.system, "n_items": self.n_items, "metric": metric}
             reason = self.reasons.get(metric, "")
             if each_run:
-                out += [{**shared, "seed": s, "noise_seed": k, "value": float(v), "reason": reason if np.isnan(v) else ""}
+                out += [{**shared, "seed": s, "noise_seed": k, "value": float(v), "reason": "" if np.isfinite(v) else reason}
                         for (s, k), v in zip(self.runs, values)]
             summary = {**shared, "seed": "all", "noise_seed": "all", "value": self.mean(metric), "sd": _sd(values), "reason": reason}
             out.append(summary | _interval(self.replicates[metric], "") | _interval(self.clip_replicates[metric], "clip_"))
@@ -259,7 +259,7 @@ def _collect(system, runs, n_items, points, replicates, drawn) -> SystemScores:
         mean = np.where(known, excess, 0).sum(1) / np.maximum(known.sum(1), 1)
         shifted[metric] = values.reshape(2, half) - mean[:, None]
     reasons = {metric: not_computed_reason(metric, n_items) or "no value: the weights or vectors are degenerate"
-               for metric, values in points.items() if np.isnan(values).any()}
+               for metric, values in points.items() if not np.isfinite(values).all()}
     return SystemScores(system, runs, n_items, points, {k: v[0] for k, v in shifted.items()}, {k: v[1] for k, v in shifted.items()}, reasons)
 
 

@@ -227,7 +227,10 @@ def read_candidates(path: str | Path) -> tuple[list[str], dict[Key, list[Run]], 
         key = (found["system"], "centred" if found["space"] else "text")
         runs.setdefault(key, []).append((int(found["seed"]), int(found["noise"] or 0), [row[name].removeprefix("'") for row in rows]))
     names = [name for name in rows[0] if name.removeprefix("caption_").isdigit()]
-    references = [[caption for name in names for caption in _read_reference(row[name])] for row in rows]
+    try:
+        references = [[caption for name in names for caption in _read_reference(row[name])] for row in rows]
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f"{path}: a reference in brackets is no list of captions as Python writes it, ['A dog barks']: write it so") from None
     return [row["clip_id"] for row in rows], runs, references
 
 
@@ -246,7 +249,10 @@ def _reference_cell(caption: str) -> str:
 
 
 def _read_reference(cell: str) -> list[str]:
-    return ast.literal_eval(cell) if "[" in cell and "]" in cell else [cell]
+    texts = ast.literal_eval(cell) if "[" in cell and "]" in cell else [cell]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{cell!r} is no list of captions")
+    return texts
 
 
 def markdown_text(caption: str) -> str:

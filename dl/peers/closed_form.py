@@ -189,7 +189,7 @@ class Ridge(Linear):
     def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
         a, t = self._pairs(audio, text, text_clip)
         gram = a.T @ a
-        self.penalty = self.alpha * float(gram.diagonal().mean())
+        self.penalty = self.alpha * float(gram.diagonal().mean()) or 1.0      # all sounds alike: A is 0, and so is M, whatever lambda
         self.matrix = torch.linalg.solve(gram + self.penalty * torch.eye(len(gram), dtype=gram.dtype), a.T @ t)
 
 

@@ -74,7 +74,10 @@ def data(profile: Profile) -> str:
 
 def _clips(path: Path) -> set[str]:
     with open(path, newline="", encoding="utf-8-sig") as file:
-        return {f"{row['youtube_id']}_{row['start_time']}" for row in csv.DictReader(file)}
+        reader = csv.DictReader(file)
+        if absent := [column for column in ("youtube_id", "start_time") if column not in (reader.fieldnames or ())]:
+            raise Missing(f"{path}: a CSV with the columns audiocap_id,youtube_id,start_time,caption ({', '.join(absent)} is not in it)")
+        return {f"{row['youtube_id']}_{row['start_time']}" for row in reader}
 
 
 def encoder(profile: Profile) -> str:
@@ -194,4 +197,7 @@ def check(profile: Profile, pins_only: bool = False) -> int:
         except Missing as missing:
             failed |= required
             print(f"MISSING {name}: {missing}", flush=True)
+        except (OSError, ValueError, csv.Error, RuntimeError) as error:       # a file that is there but cannot be read
+            failed |= required
+            print(f"MISSING {name}: what can be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})", flush=True)
     return int(failed)

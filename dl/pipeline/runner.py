@@ -124,9 +124,18 @@ def execute(run: Run, stage: Stage) -> Path:
 
 
 def run_stage(run: Run, stage: Stage, device: str) -> None:
-    """Execute a stage, then write its row of ``timing.csv`` and its stamp."""
+    """Execute a stage, then write its row of ``timing.csv`` and its stamp.
+
+    Raises:
+        StageError: see :func:`execute`; also a ``timing.csv`` that nothing can be added to, before the stage begins.
+    """
     from dl.results import RowFile, atomic_write
 
+    timing = RowFile(run.results / "timing.csv", ("stage", "device", "wall_s", "peak_memory_mb"), ("stage", "device"))
+    try:
+        timing.read()
+    except ValueError as error:
+        raise StageError(str(error)) from None
     parts, rows_before, stamp_before = run.parts(stage), run.metric_rows(), run.stamp(stage.number)
     run.stamp_file(stage.number).unlink(missing_ok=True)
     watch, started = Watch(stage.number), time.monotonic()
@@ -138,8 +147,7 @@ def run_stage(run: Run, stage: Stage, device: str) -> None:
         run.forget_files()
     rows_now = run.metric_rows()
     rows = {key for key, value in rows_now.items() if rows_before.get(key) != value} | (set(stamp_before.get("rows", [])) & set(rows_now))
-    RowFile(run.results / "timing.csv", ("stage", "device", "wall_s", "peak_memory_mb"), ("stage", "device")).add(
-        [{"stage": stage.number, "device": device, "wall_s": round(wall_s, 1), "peak_memory_mb": round(peak_mb)}])
+    timing.add([{"stage": stage.number, "device": device, "wall_s": round(wall_s, 1), "peak_memory_mb": round(peak_mb)}])
     for pattern in stage.reads:
         if pattern.startswith("{results}"):       # a file that it may have written anew itself
             parts |= run.read_files(pattern)
@@ -181,6 +189,10 @@ def run_stages(run: Run, only: list[str] | None = None, start: str | None = None
     except StageError as error:
         print(f"run_all: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:                                  # a full disk, a results folder that may not be written
+        print(f"run_all: {error}. Free space or change the folder's owner, or set DL_RESULTS to another folder; finished stages stay finished",
+              file=sys.stderr, flush=True)
+        return 1
 
 
 def plan(run: Run, stages: list[Stage], force: bool = False) -> dict[str, str | None]:
@@ -201,6 +213,10 @@ def say(stage: Stage, reason: str | None) -> None:
 
 def _run_locked(run: Run, stages: list[Stage], force: bool, began: float, done: dict[str, list[str]]) -> int:
     device = None
+    try:
+        Path.home()
+    except RuntimeError:
+        raise StageError("there is no home folder, where Jupyter and the language model keep files: set HOME to a folder that can be written") from None
     if run.profile.encoder == "mini":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")      # everything it needs is installed: nothing may wait for a network
     handlers = {number: signal.signal(number, stop_kernels) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
@@ -235,7 +251,7 @@ def find_device() -> str:
     done = subprocess.run([sys.executable, "-c", "from dl.results import device_name; print(device_name())"], capture_output=True, text=True,
                           check=False, cwd=Path(__file__).parents[1])
     if done.returncode:
-        raise StageError(f"torch does not load: {done.stderr.strip().splitlines()[-1]}; run python -m dl check")
+        raise StageError(f"torch does not load: {(done.stderr.strip().splitlines() or ['no message'])[-1]}; run python -m dl check")
     return done.stdout.strip()
 
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 import dl
 from dl.config import REPO, Profile
 
+KERNEL_ENDS_S = 2.0          # s, after which the kernel of a killed run is gone
 METRICS = "metrics.csv"      # every stage keeps its own rows in it
 SHARED = (METRICS, "table2.csv", "table2.md", "claims.csv", "claims.md")     # made by several stages from metrics.csv: content does not count
 SEARCH = ("{results}/search.csv", "results/mini/search.csv")     # what was chosen on val; stage 06 writes it anew with --full
@@ -85,9 +87,16 @@ def sha256(data: bytes | str) -> str:
 
 # ------------------------------------------------------------------------------------------------------ what a notebook is
 def read_notebook(path: Path) -> list[dict]:
-    """The cells of a notebook with their ``source`` as one string."""
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [{**cell, "source": "".join(cell["source"])} for cell in cells]
+    """The cells of a notebook with their ``source`` as one string.
+
+    Raises:
+        StageError: the file is no notebook.
+    """
+    try:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        return [{**cell, "source": "".join(cell["source"])} for cell in cells]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StageError(f"notebooks/{path.name} is not a notebook ({type(error).__name__}): git checkout -- notebooks") from None
 
 
 def parameter_names(path: Path) -> list[str]:
@@ -186,11 +195,12 @@ class Run:
         return self.profile.cache_dir / "stamps" / f"{number}.json"
 
     def stamp(self, number: str) -> dict:
-        """The stage's stamp; empty if it never finished."""
+        """The stage's stamp; empty if it never finished, or the file is damaged."""
         try:
-            return json.loads(self.stamp_file(number).read_text())
+            stamp = json.loads(self.stamp_file(number).read_text())
         except (OSError, ValueError):
             return {}
+        return stamp if isinstance(stamp, dict) and {"notebook", "parts", "outputs", "rows", "wall_s", "finished"} <= stamp.keys() else {}
 
     def parameters(self, stage: Stage) -> dict:
         """What papermill passes: profile, and those of ``asked`` that the notebook takes."""
@@ -258,7 +268,7 @@ class Run:
         try:
             with open(self.results / METRICS, newline="", encoding="utf-8") as file:
                 return {"|".join(row.get(column) or "" for column in key): sha256(str(row)) for row in csv.DictReader(file)}
-        except OSError:
+        except (OSError, ValueError, csv.Error):
             return {}
 
     def reason(self, stage: Stage) -> str | None:
@@ -311,7 +321,13 @@ class Run:
                 file.seek(0)
                 raise StageError(f"another run (process {file.read().strip() or '?'}) is writing {self.name(self.results)}: "
                                  "wait for it, or stop it first") from None
+            file.seek(0)
+            if file.read():                           # the run before was killed: its kernel notices that within a second, and may write until then
+                time.sleep(KERNEL_ENDS_S)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            try:
+                yield
+            finally:
+                file.truncate(0)

@@ -142,7 +142,7 @@ def gap_line(e: Evidence) -> str:
         return "**Gap:** not computed; run notebook 06."
     rows = table[table.space == "text"].set_index("system")
     shown = [name for name in ("raw", "diffusion_link", *CONTROLS, "text_floor") if name in rows.index]
-    pair = ", ".join(f"`{name}` {float(rows.pair_cosine[name]):.3f}" for name in shown)
+    pair = ", ".join(f"`{name}` {float(rows.pair_cosine[name]):.3f}" if rows.pair_cosine[name] else f"`{name}` n/c" for name in shown)
     line = f"**Gap:** pair cosine {pair}. "
     for control in CONTROLS:
         differences = {metric: e.difference("gap", metric, control) for metric in C1_METRICS}

@@ -57,10 +57,11 @@ def small_png(path: Path, colours: int = COLOURS) -> bytes:
 
 
 def render_markdown(text: str) -> str:
-    """Markdown as HTML, tables included, without anchors."""
+    """Markdown as HTML, tables included, without anchors; a tag in it stays text, and a link that would run something leads nowhere."""
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-    return MarkdownWithMath(renderer=IPythonRenderer(escape=False, exclude_anchor_links=True)).render(text)
+    renderer = IPythonRenderer(escape=True, allow_harmful_protocols=False, exclude_anchor_links=True)
+    return MarkdownWithMath(renderer=renderer).render(text)
 
 
 def page(title: str, sections: list[Section], figures: Path) -> str:

@@ -1,0 +1,51 @@
+"""What the reliability tests count: faults tried and survived, bad inputs and what became of them, limits measured.
+
+Every test of this folder enters what it tried into the ledger; the run ends with its summary. ``./run_all.sh test --slow
+--write-reliability`` keeps it as ``results/reliability.csv``; no other run touches that file.
+"""
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from ledger import COLUMNS, LEDGER, Ledger
+
+from dl.config import REPO
+from dl.results import atomic_write, csv_text
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """The one ledger of this run."""
+    return LEDGER
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """hypothesis tries the same examples at every run and keeps nothing; no deadline, the machine may be busy; ten times as many with ``--slow``."""
+    examples = 1000 if config.getoption("--slow") else 100
+    settings.register_profile("reliability", max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    settings.load_profile("reliability")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not (LEDGER.counts or LEDGER.measures):
+        return
+    terminalreporter.section("reliability")
+    for line in LEDGER.lines():
+        terminalreporter.line(line)
+    if config.getoption("--write-reliability"):
+        of = "slow" if config.getoption("--slow") else "fast"
+        path = atomic_write(REPO / "results/reliability.csv", csv_text(LEDGER.rows(of), COLUMNS))
+        terminalreporter.line(f"written to {path.relative_to(REPO)}")
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that every user may enter (pytest's own are closed to ``nobody``)."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)

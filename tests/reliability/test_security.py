@@ -1,0 +1,176 @@
+"""What is read never becomes code: no pickle without consent, no shell, no path out of an id, no tag out of a caption, no open port."""
+from __future__ import annotations
+
+import ast
+import ipaddress
+import json
+import os
+import re
+import signal
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from test_bad_weights import Hostile
+from test_pipeline import start, toy  # noqa: F401
+
+from dl.config import REPO, get_profile
+from dl.encoder.laion import convert_laion_checkpoint
+from dl.metrics.caption_runs import markdown_text
+from dl.plots.listen import audio_player
+from dl.report.html import Section, page, render_markdown
+from dl.report.replication import SECTIONS, section, write_report
+from dl.report.tables import write_table1
+from dl.results import MetricsFile, markdown_table
+
+# -------------------------------------------------------------------------------------------------------- what code may not call
+FORBIDDEN = {
+    "pickle.load": "a pickle runs code", "pickle.loads": "a pickle runs code", "joblib.load": "a pickle", "dill.load": "a pickle",
+    "eval": "runs text", "exec": "runs text", "compile": "runs text", "os.system": "a shell", "os.popen": "a shell", "subprocess.getoutput": "a shell",
+    "subprocess.getstatusoutput": "a shell", "yaml.load": "runs code; safe_load does not", "tempfile.mktemp": "a race", "socket.socket": "a port",
+    "urllib.request.urlopen": "a network", "requests.get": "a network", "http.server.HTTPServer": "a port", "shelve.open": "a pickle",
+}
+FLAGS = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weights_only": False, "escape": False}
+# By design: a LAION checkpoint that its user names, with its sha256, after reading what it can do.
+ALLOWED = {("dl/encoder/laion.py", "weights_only=False"), ("dl/encoder/laion.py", "allow_pickle=True")}
+
+
+def dotted(node: ast.expr) -> str:
+    """``a.b.c`` of a call's target; blank where it is no name."""
+    if isinstance(node, ast.Attribute):
+        return f"{left}.{node.attr}" if (left := dotted(node.value)) else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def dangers(source: str) -> list[str]:
+    """What of FORBIDDEN and FLAGS a piece of Python calls; torch.load without weights_only=True too."""
+    found = []
+    for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE))):
+        if not isinstance(node, ast.Call):
+            continue
+        name, flags = dotted(node.func), {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        found += [name] if name in FORBIDDEN else []
+        found += [f"{flag}={value}" for flag, value in FLAGS.items() if flags.get(flag) is value]
+        if name == "torch.load" and "weights_only" not in flags:
+            found.append("torch.load without weights_only")
+    return found
+
+
+def sources() -> dict[str, str]:
+    """Every module of dl and the code of every notebook."""
+    found = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8") for path in sorted((REPO / "dl").rglob("*.py"))}
+    for path in sorted((REPO / "notebooks").glob("*.ipynb")):
+        cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+        found[f"notebooks/{path.name}"] = "\n".join("".join(cell["source"]) for cell in cells)
+    return found
+
+
+def test_the_code_calls_nothing_dangerous():
+    found = {(name, danger) for name, source in sources().items() for danger in dangers(source)}
+    assert found - ALLOWED == set() and ALLOWED & found, "an exception that is no longer needed is struck out"
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle\npickle.load(open('x', 'rb'))", "eval(text)", "subprocess.run('ls', shell=True)", "torch.load(path)", "torch.load(p, weights_only=False)",
+    "np.load(p, allow_pickle=True)", "AutoModel.from_pretrained(x, trust_remote_code=True)", "os.system('ls')", "frame.to_html(escape=False)",
+])
+def test_the_search_sees_it(source):
+    assert dangers(source)
+    assert not dangers("model.eval(); subprocess.run(['ls']); torch.load(p, weights_only=True); re.compile('x'); np.load(p)")
+
+
+# ------------------------------------------------------------------------------------------------------------------- pickles
+@pytest.mark.parametrize("consent", [{}, {"allow_pickle": True}, {"allow_pickle": True, "sha256": "0" * 64}])
+def test_a_hostile_checkpoint_runs_nothing(tmp_path, capsys, ledger, consent):
+    """Without the flag and the sha256 of this very file nothing inside it runs; its sha256 is printed first."""
+    trace = Path("/tmp/reliability-was-unpickled")
+    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Hostile()}, tmp_path / "clap.pt")
+    with ledger.attempt("bad input", "pickle"):
+        with pytest.raises(ValueError, match="a pickle that can run code: if you trust it|has sha256"):
+            convert_laion_checkpoint(tmp_path / "clap.pt", tmp_path / "out", **consent)
+        assert re.search(r"clap\.pt  sha256 [0-9a-f]{64}", capsys.readouterr().out) and not trace.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ captions
+HOSTILE = [
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a dog <b onmouseover='alert(1)'>barks</b>", "[click](javascript:alert(1))",
+    "![x](javascript:alert(1))", "</td></table><script>alert(1)</script>", "<iframe src='https://example.org'>", "`</code><script>alert(1)</script>`",
+    "$$</script><script>alert(1)</script>$$", "&lt;script&gt;", "\"><svg onload=alert(1)>", "<javascript:alert(1)>", "[x]: javascript:alert(1)\n\n[x]",
+    "[click](JaVaScRiPt:alert(1))", "[click](data:text/html;base64,PHNjcmlwdD4=)", "[click](vbscript:x)",
+]
+
+
+class Tags(HTMLParser):
+    """Tags, handlers and addresses that a browser would act on."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs) -> None:
+        if tag in ("script", "iframe", "object", "embed", "svg", "form", "base", "link"):
+            self.found.append(tag)
+        self.found += [name for name, _ in attrs if name.startswith("on")]
+        self.found += [value for name, value in attrs if name in ("href", "src", "action") and value and re.match(r"\s*(javascript|vbscript|data:text)", value, re.IGNORECASE)]
+
+
+def test_the_parser_sees_what_a_browser_would_run():
+    seen = [Tags(text).found for text in ("<script>", "<b onclick=x>", "<a href='javascript:x'>", "<a href='https://x'>", "plain", "<img src='data:image/png;base64,x'>")]
+    assert list(map(bool, seen)) == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_caption_stays_text(ledger, text):
+    """In Markdown as the notebooks show it, in a table, in the report, above a player."""
+    with ledger.attempt("bad input", "caption shown"):
+        shown = render_markdown(f"* reference: {markdown_text(text)}")
+        assert Tags(shown).found == []
+        words = re.sub(r"<[^>]*>", "", shown)
+        assert re.search(r"alert|example|script|click|dog", words) or "x" in words, "what was written is still to be read"
+        for markdown in (text, markdown_table(["caption"], [[text]]), f"| {text} |"):
+            assert Tags(render_markdown(markdown)).found == [], markdown
+        assert Tags(page(text, [Section("key", text, text)], Path("nowhere"))).found == []
+        assert Tags(audio_player(np.zeros(2400, np.float32), 24_000, text).data).found == []
+        assert Tags(pd.DataFrame({text: [text]}).to_html()).found == []
+
+
+def test_a_report_of_hostile_results_stays_text(results_root, ledger):
+    """Ids, systems, reasons and notes from the files of a run: whatever stands in them, the report runs nothing."""
+    profile = get_profile("smoke")
+    file = MetricsFile(profile)
+    shared = {"experiment": "gap", "split": "test", "seed": "all", "noise_seed": "all", "n_items": 3}
+    file.add([{**shared, "system": f"raw{text}", "metric": "rmg", "value": 0.5, "reason": ""} for text in HOSTILE]
+             + [{**shared, "system": "raw", "metric": "pair_cosine", "value": None, "reason": text} for text in HOSTILE]
+             + [{**shared, "system": "diffusion_link", "metric": metric, "value": 0.4} for metric in ("rmg", "pair_cosine", "centroid_gap")])
+    write_table1(profile)
+    with ledger.attempt("bad input", "caption shown"):
+        for key in SECTIONS:
+            assert Tags(render_markdown(section(profile.results_dir, key).markdown)).found == [], key
+        text = write_report(profile).read_text(encoding="utf-8")
+        assert Tags(text).found == [] and len(text) > 5000
+        assert not re.search(r"(?:src|href)=\"https?://(?!arxiv\.org)", text), "nothing is loaded from a network"
+
+
+def test_the_committed_report_runs_nothing():
+    for path in sorted((REPO / "results").glob("*/report.html")):
+        assert Tags(path.read_text(encoding="utf-8")).found == [], path
+
+
+# --------------------------------------------------------------------------------------------------------------------- ports
+def test_nothing_listens_on_a_network_address(toy, ledger):  # noqa: F811
+    """While a stage runs, its kernel listens on this machine's own address alone."""
+    process = start(toy)
+    try:
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        listening = [connection.laddr.ip for one in tree for connection in one.net_connections("inet") if connection.status == psutil.CONN_LISTEN]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=120)
+    with ledger.attempt("bad input", "open port"):
+        assert len(tree) > 1 and listening, "a kernel has ports"
+        assert all(ipaddress.ip_address(ip).is_loopback for ip in listening), listening
