@@ -4,7 +4,7 @@
     accelerate launch --config_file configs/ddp.yaml -m dl fit --profile paper --decoder text --seed 0
 
 Both leave their result in the profile's cache, where the notebooks find it: ``./run_all.sh --profile paper`` then repeats neither.
-On a machine without a GPU, or with ``torchrun --nproc-per-node 2 -m dl embed``, the processes meet through gloo.
+On a machine without a GPU, or with ``torchrun --standalone --nproc-per-node 2 -m dl embed``, the processes meet through gloo.
 """
 from __future__ import annotations
 
