@@ -257,8 +257,8 @@ def whole(value: Tensor) -> Tensor:
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor cut into shards as ``model`` is; as it is where that is whole."""
-    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements) if isinstance(model, DTensor) else value
+    """A whole tensor, which every process holds, cut into shards as ``model`` is; as it is where that is whole."""
+    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None) if isinstance(model, DTensor) else value
 
 
 def _contiguous(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

@@ -188,6 +188,8 @@ def train_captioner(
                       "the dropout differs from that of an undisturbed run", file=sys.stderr, flush=True)
             state["processes"] = world
             _load_optimizer(optimizer, _part(tensors, "optimizer."))
+    if len(set(accelerator.gather(torch.tensor([state["step"]], device=accelerator.device)).tolist())) > 1:
+        raise ValueError(f"the processes do not all see {checkpoint_path}: put the results folder (DL_RESULTS) on a disk that all machines share")
 
     captioner.train()
     every = max(1, config.train_steps // HISTORY_ROWS)
