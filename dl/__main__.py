@@ -1,4 +1,4 @@
-"""``python -m dl check``, ``python -m dl caption``, ``python -m dl run`` (what ``./run_all.sh`` calls) and ``python -m dl readme``."""
+"""``python -m dl`` with check, caption, run (what ``./run_all.sh`` calls), embed and fit (for ``accelerate launch``), readme."""
 from __future__ import annotations
 
 import argparse
@@ -11,7 +11,7 @@ from dl.config import PROFILES, get_profile
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m dl", description="Diffusion-Link, replicated.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,run,readme}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,run,embed,fit,readme}")
 
     check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
     check.add_argument("--profile", choices=PROFILES, default="mini")
@@ -37,6 +37,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="say RUN or SKIP for each stage, with the reason, and run nothing")
     run.add_argument("--list", action="store_true", help="list the stages, what each reads and makes")
 
+    embed = commands.add_parser("embed", help="embed all clips and captions into the cache, in several processes under accelerate launch")
+    embed.add_argument("--profile", choices=PROFILES, default="mini")
+
+    fit = commands.add_parser("fit", help="train one caption decoder into the cache, in several processes under accelerate launch")
+    fit.add_argument("--profile", choices=PROFILES, default="mini")
+    fit.add_argument("--decoder", default="text", metavar="NAME", help="text (notebook 07; the default), raw or diffusion_link (notebook 08)")
+    fit.add_argument("--seed", type=int, default=0, metavar="N", help="training seed (default 0)")
+
     commands.add_parser("readme", help="copy the tables of results/mini into README.md")
     return top
 
@@ -52,21 +60,35 @@ def literal(text: str) -> object:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do what it says; returns the exit code."""
     options = parser().parse_args(arguments)
-    if options.command == "check":
-        from dl.pipeline.check import check
-
-        return check(get_profile(options.profile), options.pins_only)
-
-    if options.command == "caption":
-        from dl.captioner.files import caption_files
-
-        return caption_files(options.files, get_profile(options.profile), not options.no_bridge, options.json)
-
     if options.command == "readme":
         from dl.report.readme import write_readme
 
         write_readme()
         return 0
+
+    try:
+        profile = get_profile(options.profile)
+    except (FileNotFoundError, ValueError) as error:               # the file that DL_SETTINGS names
+        print(error, file=sys.stderr)
+        return 2
+    if options.command == "check":
+        from dl.pipeline.check import check
+
+        return check(profile, options.pins_only)
+
+    if options.command == "caption":
+        from dl.captioner.files import caption_files
+
+        return caption_files(options.files, profile, not options.no_bridge, options.json)
+
+    if options.command in ("embed", "fit"):
+        from dl.pipeline.parallel import embed, fit
+
+        try:
+            return embed(profile) if options.command == "embed" else fit(profile, options.decoder, options.seed)
+        except (FileNotFoundError, ValueError, RuntimeError) as error:       # each says what to do; lacking memory is a RuntimeError
+            print(f"{options.command}: {error}", file=sys.stderr)
+            return 1
 
     from dl.pipeline.runner import list_stages, run_stages
     from dl.pipeline.stages import STAGES, Run
@@ -74,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.seeds is not None and options.seeds < 1:
         print("run_all: --seeds takes a number of at least 1", file=sys.stderr)
         return 2
-    run = Run(get_profile(options.profile), STAGES, full=options.full, seeds=options.seeds, extra={name: literal(value) for name, value in options.extra})
+    run = Run(profile, STAGES, full=options.full, seeds=options.seeds, extra={name: literal(value) for name, value in options.extra})
     if options.list:
         list_stages(run)
         return 0

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -33,7 +34,7 @@ from dl.encoder.clap import Embeddings
 from dl.experiments import chosen, fit_system
 from dl.metrics.caption_runs import CaptionResults, Run, candidates_path, score_caption_runs, write_candidates
 from dl.peers import REGISTRY, build, centre
-from dl.precision import resolve_dtype
+from dl.precision import number_format
 from dl.results import MetricsFile, atomic_write
 
 NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed
@@ -193,7 +194,7 @@ class DecoderFit:
     def key(self) -> str:
         """Hash of what determines the fit: settings, pairs, seed, code."""
         config = {name: value for name, value in asdict(self.profile.captioner).items() if name not in INFERENCE_FIELDS}
-        return short_hash(config=config, dtype=str(resolve_dtype(self.profile.captioner.dtype)), seed=self.seed,
+        return short_hash(config=config, dtype=number_format(self.profile.captioner.dtype), seed=self.seed,
                           pairs=[self.vectors, self.captions], val=list(self.val), code=list(SOURCES))
 
     @property
@@ -201,11 +202,11 @@ class DecoderFit:
         """The fit's checkpoint."""
         return self.profile.cache_dir / "captioners" / f"{self.name}-{self.seed}-{self.key}.safetensors"
 
-    def load(self, progress: bool = False) -> LLMCaptioner:
+    def load(self, progress: bool = False, accelerator: Accelerator | None = None) -> LLMCaptioner:
         """The fitted captioner in eval mode, its history (step, loss, val_loss, lr) as the attribute ``history``."""
         captioner = LLMCaptioner(self.vectors.shape[1], self.profile.captioner, seed=self.seed)
         captioner.history = train_captioner(captioner, self.vectors, self.captions, seed=self.seed, checkpoint_path=self.path,
-                                            val=self.val, progress=progress)
+                                            val=self.val, progress=progress, accelerator=accelerator)
         return captioner.eval()
 
 

@@ -2,11 +2,21 @@
 
 Marks: [paper] stated in the abstract, (paper~) in a summary of it, [SEED] the first author's released predecessor,
 [peer] another system, [ours] our choice.
+
+Your own paths and sizes go into a TOML file, a table for each profile, that the environment variable ``DL_SETTINGS`` names:
+
+    [paper]
+    data_dir = "/data/audiocaps"                          # relative paths start at the TOML file's folder
+    encoder = "/models/630k-audioset-best.pt"             # or a hub name, or a folder of a ClapModel
+    [paper.captioner]
+    language_model = "meta-llama/Llama-2-7b-hf"           # or a folder
+    batch_size = 8
 """
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields, replace
+import tomllib
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -66,7 +76,7 @@ class CaptionerConfig:
     num_beams: int = 1                     # [ours] greedy; [peer: DRCap] has 4
     max_new_tokens: int = 48               # [ours]
     gradient_checkpointing: bool = False   # [ours] less memory, more time
-    dtype: str = "auto"                    # [ours] of the frozen language model: auto, float32 or bfloat16
+    dtype: str = "auto"                    # [ours] of the frozen language model: auto, float32, bfloat16, or 4bit (a GPU and bitsandbytes)
 
 
 @dataclass(frozen=True)
@@ -106,23 +116,43 @@ PROFILES: dict[str, Profile] = {
     ),
     "mini": Profile(name="mini", data_dir=REPO / "data/mini", encoder="mini"),
     "paper": Profile(
-        name="paper", data_dir=REPO / "data/audiocaps", encoder="laion/clap-htsat-unfused",
-        bridge=BridgeConfig(train_steps=20_000, batch_size=512),
-        captioner=CaptionerConfig(
-            language_model="lmsys/vicuna-7b-v1.5",   # [peer: DRCap] the paper's is unknown; its sister LAMB has LLaMA-2-7B
-            learning_rate=1e-4, warmup_steps=1000, train_steps=20_000, validate_every=1000, patience=3, num_beams=4, gradient_checkpointing=True,
+        name="paper",
+        data_dir=REPO / "data/audiocaps",
+        encoder="laion/clap-htsat-unfused",              # [ours] LAION-CLAP (paper~), its checkpoint is unknown
+        seeds=(0, 1, 2),                                 # [ours]
+        noise_seeds=(0, 1, 2, 3, 4),                     # [ours]
+        caption_seeds=(0,),                              # [ours] three under --full
+        bridge=BridgeConfig(                             # all else as above: SEED's schedule, learning rate, weight decay, k* and one step
+            train_steps=20_000,                          # [ours] about 200 epochs of AudioCaps' training clips
+            batch_size=512,                              # [ours] the topology loss compares the pairs of a batch
+            ema_decay=0.999,                             # [ours] an average over about 1,000 steps
+        ),
+        captioner=CaptionerConfig(                       # all else as above: DRCap's projector, prompt, K = 1 and LoRA
+            # The paper's language model is unknown. Nearest guess: meta-llama/Llama-2-7b-hf, as in its sister paper LAMB; it is gated.
+            language_model="lmsys/vicuna-7b-v1.5",       # [peer: DRCap] Llama 2 7B too, tuned for chat, and not gated
+            learning_rate=1e-4,                          # [ours]
+            lr_schedule="cosine",                        # [ours]
+            warmup_steps=1000,                           # [ours]
+            train_steps=20_000,                          # [ours] about 6 epochs of AudioCaps' training captions
+            batch_size=16,                               # [ours] over all GPUs
+            validate_every=1000,                         # [ours]
+            patience=3,                                  # [ours]
+            num_beams=4,                                 # [peer: DRCap]
+            gradient_checkpointing=True,                 # [ours] a GPU of 24 GB is enough
+            dtype="bfloat16",                            # [ours] 13.5 GB of frozen weights
         ),
     ),
 }
 
 
 def get_profile(name: str, **overrides) -> Profile:
-    """Return the profile called ``name`` with some fields replaced.
+    """Return the profile called ``name`` with some fields replaced: those of the ``DL_SETTINGS`` file, then ``overrides``.
 
     The environment variable ``DL_RESULTS`` moves the results folder (tests write into a temporary one).
 
     Raises:
-        ValueError: unknown profile or field, with the known ones listed.
+        FileNotFoundError: ``DL_SETTINGS`` names no file.
+        ValueError: unknown profile or field, or a value of another type, with what is known listed.
     """
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
@@ -131,4 +161,55 @@ def get_profile(name: str, **overrides) -> Profile:
         raise ValueError(f"unknown profile field {sorted(unknown)}: known are {', '.join(sorted(known))}")
     if root := os.environ.get("DL_RESULTS"):
         overrides.setdefault("results_root", Path(root).resolve())
-    return replace(PROFILES[name], **overrides)
+    return replace(own_settings(PROFILES[name]), **overrides)
+
+
+def own_settings(profile: Profile) -> Profile:
+    """The profile with its table of the TOML file that ``DL_SETTINGS`` names; unchanged where the variable is not set.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`get_profile`.
+    """
+    if not (name := os.environ.get("DL_SETTINGS")):
+        return profile
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"DL_SETTINGS names {name}, which is no file: give a TOML file with a table [{profile.name}], or unset it")
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML ({error}): write it as the head of dl/config.py shows") from None
+    if unknown := set(tables) - set(PROFILES):
+        raise ValueError(f"{path}: unknown profile {min(unknown)!r}: tables are [{'], ['.join(PROFILES)}] and below them, as [paper.captioner]")
+    return _with(profile, tables.get(profile.name, {}), path, profile.name)
+
+
+def _with(settings, table: dict, path: Path, where: str):
+    """A dataclass with the values of a TOML table, checked against its fields."""
+    known = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("name", "results_root")}
+    changes = {}
+    for key, value in table.items():
+        if key not in known:
+            raise ValueError(f"{path}: [{where}] has no {key!r}: it takes {', '.join(known)}")
+        old = known[key]
+        if is_dataclass(old) and isinstance(value, dict):
+            changes[key] = _with(old, value, path, f"{where}.{key}")
+            continue
+        if not _same_kind(value, old):
+            raise ValueError(f"{path}: [{where}] {key} = {value!r} is of the wrong type: the profile has {old!r}")
+        local = path.parent / Path(value).expanduser() if key in ("data_dir", "encoder", "language_model") else None
+        if key == "data_dir":
+            changes[key] = local
+        elif local is not None and local.exists():                       # else it is the name of a hub model
+            changes[key] = str(local)
+        else:
+            changes[key] = tuple(value) if isinstance(value, list) else float(value) if isinstance(old, float) else value
+    return replace(settings, **changes)
+
+
+def _same_kind(value: object, old: object) -> bool:
+    """Whether a value of a TOML file can take the place of a profile's."""
+    if old is None:
+        return isinstance(value, str | dict)
+    kind = {tuple: list, float: int | float}.get(type(old), str if isinstance(old, Path) else type(old))
+    return isinstance(value, kind) and isinstance(value, bool) == isinstance(old, bool)

@@ -17,12 +17,11 @@ import pandas as pd
 import soxr
 
 from dl.audio import AudioError, read_mono
+from dl.audiocaps import CAPTION_COLUMNS, find_audiocaps
 from dl.config import SPLITS, Profile
 
 SAMPLING_RATE = 48_000                                     # Hz, CLAP's input rate [paper~]
-CAPTION_COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]   # AudioCaps' own
 SCENE_COLUMNS = ["youtube_id", "recordings", "offsets_s", "gains_db", "noise_dbfs", "seconds", "noise_seed"]     # what a mix needs
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg")
 SILENCE = 1e-5                                             # [ours] peak, -100 dBFS; below it a clip holds nothing to embed
 SHORTEST_S = 0.05                                          # [ours] less than this cannot be embedded
 READ_S = 30                                                # [ours] of an AudioCaps file no more is read: CLAP hears 10 s, and an hour would fill the memory
@@ -150,7 +149,7 @@ def load_split(profile: Profile, split: str) -> Split:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
-    rows = read_captions(profile.data_dir / f"{split}.csv")
+    rows = read_captions(find_audiocaps(profile.data_dir).csv(split))
     rows = rows.assign(clip_id=rows.youtube_id + "_" + rows.start_time)
     captions = rows.groupby("clip_id", sort=False).caption.agg(list)
     if profile.max_clips:
@@ -180,13 +179,13 @@ def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Ser
 
 
 def _audiocaps_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Series) -> Split:
-    folder = data_dir / "audio"
-    on_disk = {path.stem: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES}
+    folder = find_audiocaps(data_dir)
+    on_disk = folder.files()
     present = [clip_id for clip_id in captions.index if clip_id in on_disk]
     missing = tuple(clip_id for clip_id in captions.index if clip_id not in on_disk)
     if not present:
-        raise FileNotFoundError(f"{folder}: none of the {len(captions)} clips of split '{split}' is there; "
-                                "files are named <youtube_id>_<start_time>.wav|flac|mp3|opus")
+        raise FileNotFoundError(f"{folder.audio_dir}: none of the {len(captions)} clips of split '{split}' is there; "
+                                "files are named <youtube_id>_<start_time>.wav, .flac, .mp3, .opus, ...")
     return Split(split, present, list(captions[present]), rows.loc[present].reset_index(drop=True),
                  lambda index: read_audio(on_disk[present[index]], READ_S), missing)
 

@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_captioner import CAPTIONS, D, loss_by_hand, one_line, tiny_config, tiny_language_model
 
+from dl.bridge import checkpoint
+from dl.captioner import language_model
 from dl.captioner.captioner import LLMCaptioner
 from dl.captioner.training import BucketSampler, caption_loss, learning_rate, train_captioner
 from dl.config import REPO, CaptionerConfig
+from dl.precision import number_format, resolve_dtype
 
 FOUR = ["A dog", "Rain", "A bell", "Birds"]
 
@@ -208,7 +211,11 @@ def test_what_cannot_be_trained_is_refused_in_one_line(folder, pairs):
 SCRIPT = """
 import os
 import sys
+from contextlib import nullcontext
 import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from safetensors.torch import load_file, save_file
 from dl.captioner.captioner import LLMCaptioner
 from dl.captioner.training import train_captioner
@@ -226,27 +233,55 @@ def validate(captioner):
     assert rank == "0"
     return 1.0 + float(captioner.projector[0].weight.sum())
 
+class Sharding(Accelerator):
+    # accelerate shards on GPUs only: here its prepare is torch's fully_shard, as configs/fsdp.yaml makes accelerate call it
+
+    def prepare(self, captioner, optimizer):
+        for layer in captioner.language_model.base_model.model.model.layers:
+            fully_shard(layer)
+        fully_shard(captioner)
+        assert isinstance(captioner.projector[0].weight, DTensor)
+        optimizer.param_groups[0]["params"] = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
+        return captioner, optimizer
+
+    def no_sync(self, model):
+        return nullcontext()
+
+def interrupt(step, loss):
+    if step == 4:
+        raise KeyboardInterrupt
+
+sharded = sys.argv[0].endswith("sharded.py")
+if sharded:                                      # weights and moments are gathered, written, read and cut into shards again
+    try:
+        train_captioner(captioner, embeddings, captions, checkpoint_path=f"{out}/two.safetensors", val=(embeddings[:5], captions[:5]),
+                        accelerator=Sharding(cpu=True), checkpoint_every=4, callback=interrupt)
+    except KeyboardInterrupt:
+        torch.distributed.barrier()              # the file is there
+        captioner = LLMCaptioner(embeddings.shape[1], config)
 history = train_captioner(captioner, embeddings, captions, checkpoint_path=f"{out}/two.safetensors", val=(embeddings[:5], captions[:5]),
-                          validate=validate)
+                          validate=None if sharded else validate, accelerator=Sharding(cpu=True) if sharded else None)
 assert torch.distributed.get_world_size() == 2 and torch.distributed.get_backend() == "gloo"
 save_file(captioner.trainable_state(), f"{out}/process{rank}.safetensors")
 history.to_csv(f"{out}/process{rank}.csv", index=False)
 """
 
 
-def test_two_processes_train_like_one(folder, pairs, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
+@pytest.mark.parametrize("sharing", ["batches", "sharded"])
+def test_two_processes_train_like_one(folder, pairs, tmp_path, sharing):
+    """Both share the batches (DDP), or the weights too (FSDP2); the second way is interrupted and goes on from its gathered checkpoint."""
+    (tmp_path / f"{sharing}.py").write_text(SCRIPT)
     save_file({"embeddings": pairs[0]}, tmp_path / "data.safetensors")
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     # --multi_gpu makes accelerate start torchrun; --cpu would start one process only
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-              str(tmp_path / "script.py"), str(folder), str(tmp_path), *pairs[1]]
+              str(tmp_path / f"{sharing}.py"), str(folder), str(tmp_path), *pairs[1]]
     result = subprocess.run(launch, check=False, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     config = {"batch_size": 5, "gradient_accumulation_steps": 2, "lora_dropout": 0.0, "train_steps": 6, "validate_every": 3, "patience": 9}
-    one, history, _ = train(folder, pairs, config=config, val=(pairs[0][:5], pairs[1][:5]),
-                            validate=lambda captioner: 1.0 + captioner.projector[0].weight.sum().item())
+    validate = None if sharing == "sharded" else lambda captioner: 1.0 + captioner.projector[0].weight.sum().item()
+    one, history, _ = train(folder, pairs, config=config, val=(pairs[0][:5], pairs[1][:5]), validate=validate)
     expected = {name: value for name, value in one.trainable_state().items()}
     for process in (0, 1):
         pd.testing.assert_frame_equal(pd.read_csv(tmp_path / f"process{process}.csv"), history, rtol=1e-4)
@@ -254,3 +289,65 @@ def test_two_processes_train_like_one(folder, pairs, tmp_path):
             torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-4)
     assert (tmp_path / "process0.safetensors").read_bytes() == (tmp_path / "process1.safetensors").read_bytes()
     assert (tmp_path / "two.csv").is_file() and history.loss.iloc[-1] < history.loss.iloc[0]
+    if sharing == "sharded":
+        stored = load_file(tmp_path / "two.safetensors")
+        assert all(torch.equal(stored[f"weights.{name}"], value) for name, value in load_file(tmp_path / "process0.safetensors").items())
+
+
+def test_processes_may_change_between_two_starts(folder, pairs, tmp_path, capsys):
+    """A fit begun by others goes on and says so; a finished one is read, whoever made it."""
+    train(folder, pairs, tmp_path / "fit.safetensors", interrupt=7, checkpoint_every=5)
+    content = checkpoint.load_checkpoint
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load_checkpoint", lambda *arguments: (found := content(*arguments)) and (found[0], {**found[1], "processes": 4}))
+        _, history, steps = train(folder, pairs, tmp_path / "fit.safetensors")
+        assert "was begun by 4 processes and goes on with 1" in capsys.readouterr().err and steps[0] == 6 and history.step.iloc[-1] == 12
+        assert train(folder, pairs, tmp_path / "fit.safetensors")[2] == []
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_lack_of_memory_ends_in_advice(folder, pairs, monkeypatch, error):
+    def lacking(*_, **__):
+        raise error
+
+    monkeypatch.setattr(LLMCaptioner, "forward", lacking)
+    with pytest.raises(torch.OutOfMemoryError, match=r"memory ran out \(step 1, 4 captions\): in \[paper.captioner\].*halve batch_size.*gradient_checkpointing = true.*4bit"):
+        train(folder, pairs)
+    captioner = LLMCaptioner(D, tiny_config(folder))
+    monkeypatch.setattr(captioner.language_model, "generate", lacking)
+    with pytest.raises(torch.OutOfMemoryError, match=r"22 embeddings at a time, 1 beams\): give generate a smaller batch_size"):
+        captioner.generate(pairs[0])
+
+
+def test_other_errors_stay_what_they_are(folder, pairs, monkeypatch):
+    def wrong(*_, **__):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(LLMCaptioner, "forward", wrong)
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        train(folder, pairs)
+
+
+def test_four_bits_need_their_library_and_a_gpu(folder, monkeypatch):
+    assert number_format("4bit") == "4bit" != number_format("bfloat16") and resolve_dtype("4bit") == torch.bfloat16
+    monkeypatch.setattr(language_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install bitsandbytes, or set dtype"):
+        LLMCaptioner(D, tiny_config(folder, dtype="4bit"))
+    monkeypatch.setattr(language_model.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a GPU, and torch sees none"):
+        LLMCaptioner(D, tiny_config(folder, dtype="4bit"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    settings = language_model.four_bit_settings(torch.bfloat16)
+    assert settings["device_map"] == {"": 3} and settings["quantization_config"].load_in_4bit
+
+
+def test_accelerate_takes_the_config_files():
+    """Each is one of accelerate's own forms, and every key of it is known."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    ddp, fsdp = (load_config_from_file(str(REPO / "configs" / name)) for name in ("ddp.yaml", "fsdp.yaml"))
+    assert (ddp.distributed_type, fsdp.distributed_type) == ("MULTI_GPU", "FSDP")
+    assert fsdp.fsdp_config["fsdp_version"] == 2 and fsdp.fsdp_config["fsdp_transformer_layer_cls_to_wrap"] == "LlamaDecoderLayer"

@@ -19,15 +19,17 @@ from huggingface_hub import snapshot_download
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dl.bridge.training import seeded
-from dl.captioner.language_model import load_language_model, model_revision
+from dl.captioner.language_model import load_language_model, memory_advice, model_revision
 from dl.config import CaptionerConfig
-from dl.precision import resolve_dtype
+from dl.precision import FOUR_BIT, resolve_dtype
 from dl.results import atomic_write
 
 TARGETS = ("q_proj", "v_proj")   # [peer: DRCap] the layers that get LoRA
 IGNORED = -100                   # a target that has no loss
+GENERATION_ADVICE = "give generate a smaller batch_size, or fewer num_beams (-p num_beams 1)"
 
 
 class LLMCaptioner(nn.Module):
@@ -59,7 +61,7 @@ class LLMCaptioner(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.config = config = config or CaptionerConfig()
-        base, self.tokenizer = load_language_model(config.language_model, config.revision, resolve_dtype(config.dtype))
+        base, self.tokenizer = load_language_model(config.language_model, config.revision, resolve_dtype(config.dtype), config.dtype == FOUR_BIT)
         self.revision = model_revision(config.language_model, base, config.revision)
         layers = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
         if missing := [name for name in TARGETS if name not in layers]:
@@ -184,7 +186,8 @@ class LLMCaptioner(nn.Module):
                 for part in embeddings.split(batch_size) if len(embeddings) else ():
                     context = self.context(part)                                     # (b, C, d)
                     mask = torch.ones(context.shape[:2], dtype=torch.long, device=self.device)
-                    ids = self.language_model.generate(inputs_embeds=context, attention_mask=mask, **settings)   # (b n, new tokens)
+                    with memory_advice(f"{len(part)} embeddings at a time, {settings['num_beams']} beams", GENERATION_ADVICE):
+                        ids = self.language_model.generate(inputs_embeds=context, attention_mask=mask, **settings)   # (b n, new tokens)
                     texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         finally:
             self.train(was_training)
@@ -192,8 +195,8 @@ class LLMCaptioner(nn.Module):
 
     # ----------------------------------------------------------------------------------------------------------- storage
     def trainable_state(self) -> dict[str, Tensor]:
-        """Projector and LoRA, all that learns: name -> float32 tensor, detached."""
-        return {name.replace(".default", ""): value.detach() for name, value in self.named_parameters() if value.requires_grad}
+        """Projector and LoRA, all that learns: name -> float32 tensor, detached; sharded ones are gathered, by all processes together."""
+        return {name.replace(".default", ""): whole(value.detach()) for name, value in self.named_parameters() if value.requires_grad}
 
     @torch.no_grad()
     def load_trainable_state(self, tensors: dict[str, Tensor]) -> None:
@@ -207,8 +210,9 @@ class LLMCaptioner(nn.Module):
                                if name not in own or name not in tensors or own[name].shape != tensors[name].shape):
             raise ValueError(f"the weights do not fit this captioner ({len(differing)} of {len(own)} differ, {differing[0]} first): "
                              "embed_dim, prefix_length, projector_width, lora_r and the language model must be those they were trained with")
-        for name, value in own.items():
-            value.copy_(tensors[name])
+        for name, value in self.named_parameters():
+            if value.requires_grad:
+                value.copy_(like(tensors[name.replace(".default", "")], value))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Write model.safetensors (projector and LoRA, float16) and config.json (which names the language model and its revision).
@@ -249,6 +253,16 @@ class LLMCaptioner(nn.Module):
                              "load it with the version that wrote it") from error
         captioner.load_trainable_state(tensors)
         return captioner
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that FSDP has cut into shards, put together on every process; any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def like(value: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, which every process holds, cut into shards as ``model`` is; as it is where that is whole."""
+    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None) if isinstance(model, DTensor) else value
 
 
 def _contiguous(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

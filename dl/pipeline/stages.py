@@ -22,6 +22,7 @@ from functools import cached_property
 from pathlib import Path
 
 import dl
+from dl.audiocaps import AUDIO_SUFFIXES
 from dl.config import REPO, Profile
 
 KERNEL_ENDS_S = 2.0          # s, after which the kernel of a killed run is gone
@@ -222,8 +223,9 @@ class Run:
     def read_files(self, pattern: str) -> dict[str, str]:
         """sha256 of the files a pattern matches: each file of its folder by name, each folder below it as one entry.
 
-        AudioCaps' audio (``{data}/audio``) counts by name and size: reading 100 GB at every start would take longer than the run.
+        AudioCaps' clips count by name and size: reading 43 GB at every start would take longer than the run.
         """
+        by_size = self.profile.data_dir if self.profile.name == "paper" else None
         if pattern not in self._files:
             base = Path(pattern.format(data=self.profile.data_dir, encoder=self.profile.encoder, results=self.results).removesuffix("**"))
             base = base if base.is_absolute() else self.root / base
@@ -232,7 +234,8 @@ class Run:
                 if not path.is_file() or path.name.startswith("."):
                     continue
                 top = path if path.parent == base or path == base else base / path.relative_to(base).parts[0]
-                content = str(path.stat().st_size) if top == self.profile.data_dir / "audio" else sha256(path.read_bytes())
+                clip = base == by_size and path.suffix.lower() in AUDIO_SUFFIXES
+                content = str(path.stat().st_size) if clip else sha256(path.read_bytes())
                 entries.setdefault(self.name(top), []).append(f"{path.relative_to(base.parent)} {content}")
             self._files[pattern] = {name: sha256("\n".join(lines)) for name, lines in entries.items()}
         return self._files[pattern]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dl.config import Profile
+from dl.audiocaps import OVERLAP, differences
+from dl.config import SPLITS, Profile
 from dl.report.answer import GENERATIVE, SIMPLER, WORDS, Evidence, answer, difference_text, gain_text, generative_line
 from dl.report.claims import C1_METRICS, VERDICT_RULES
 from dl.report.comparison import claims_part, comparison_rows, others_part, tables_part
@@ -118,11 +119,11 @@ def comparison_section(results: Path) -> str:
 
 
 def limits_section(results: Path) -> str:
-    """What the data and the encoder of the mini profile cannot tell, counted from the data's own tables."""
+    """What the data and the encoder cannot tell, counted from the data's own tables."""
     e = Evidence(results)
     folder = e.profile.data_dir
     if not (folder / "recordings/recordings.csv").is_file():
-        return "AudioCaps lies in LAION-CLAP's training data, so its encoder knows the test clips better than it would know others.\n"
+        return "".join(f"* {line}\n" for line in _audiocaps_limits(results, folder))
     recordings = pd.read_csv(folder / "recordings/recordings.csv", dtype=str)
     scenes = pd.read_csv(folder / "scenes.csv", dtype=str)
     test = scenes[scenes.split == "test"]
@@ -141,6 +142,20 @@ def limits_section(results: Path) -> str:
         "**The encoder is weak, and was trained on the train recordings,** on which the bridge learns too. How well it hears the test scenes:",
     ]
     return "".join(f"* {line}\n" for line in lines) + ("\n" + encoder_table(results) if (results / "mini_clap.csv").is_file() else "")
+
+
+def _audiocaps_limits(results: Path, folder: Path) -> list[str]:
+    """What AudioCaps and LAION-CLAP cannot tell: their overlap, clips that were not there, differences from the published counts."""
+    lines = [f"**Not unseen.** {OVERLAP}."]
+    if (results / "unusable_clips.csv").is_file():
+        lost = pd.read_csv(results / "unusable_clips.csv").groupby("split").size()
+        lines.append("**Not complete.** " + ", ".join(f"{lost[split]:,} clips of {split}" for split in SPLITS if split in lost)
+                     + " were not on disk or could not be read (`unusable_clips.csv`); scores of other copies of AudioCaps rest on other clips.")
+    try:
+        version, differing = differences(folder)
+    except (FileNotFoundError, ValueError):                              # the report may be written where the data are not
+        return lines
+    return [*lines, f"**AudioCaps {version}.** " + (f"Not as published: {'; '.join(differing)}." if differing else "Counts as published.")]
 
 
 def missing_section(results: Path) -> str:
