@@ -46,6 +46,13 @@ class EncoderTraining:
     seed: int = 0
 
 
+CANDIDATES = ({}, *({"weight_decay": 0.05} | changes for changes in (     # of EncoderTraining, tried on held-out labels and takes
+    {}, {"trunk_learning_rate": 0.0}, {"trunk_learning_rate": 3e-5}, {"trunk_learning_rate": 3e-4}, {"epochs": 3}, {"epochs": 12},
+    {"trunk_learning_rate": 3e-4, "epochs": 3}, {"trunk_learning_rate": 3e-4, "epochs": 12, "largest_mask": 16}, {"batch_size": 256},
+    {"dropout": 0.3, "frame_dropout": 0.2}, {"text_noise": 0.05}, {"largest_mask": 16},
+)))
+
+
 def augment(recording: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Shift pitch and speed by up to a quarter octave; half of the time tilt the spectrum. (samples,) -> (other samples,)."""
     shifted = soxr.resample(recording, SAMPLING_RATE, SAMPLING_RATE * 2 ** rng.uniform(-LARGEST_SHIFT, LARGEST_SHIFT), quality="QQ")
