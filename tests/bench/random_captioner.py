@@ -37,7 +37,7 @@ class RandomCaptioner:
         with mock.patch.object(module, "load_language_model", self.load):
             return module.LLMCaptioner(self.embed_dim, self.settings).to(self.device)
 
-    def load(self, name: str, revision: str | None, dtype: torch.dtype) -> tuple:
+    def load(self, name: str, revision: str | None, dtype: torch.dtype, four_bit: bool = False) -> tuple:
         """As ``load_language_model``: (frozen model in eval mode, tokenizer)."""
         from transformers import AutoModelForCausalLM, GenerationConfig
 
