@@ -210,32 +210,36 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     key = cache_key(split, encoder)
     final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
     if (found := _read(final)) and found[1].get("key") == key:
+        _remove_shards(final)
         return Embeddings(split=split.name, **found[0], **found[1]["lists"])
-    shards, parts = final.with_name(f"{split.name}-{key[:16]}"), []
+    shards = final.with_name(f"{split.name}-{key[:16]}")
     with tqdm(total=len(split), desc=f"{split.name}: audio", unit="clip", disable=not progress) as bar:
         for start in range(0, len(split), SHARD_SIZE):
             places = range(start, min(start + SHARD_SIZE, len(split)))
             shard = shards / f"{start:08d}.safetensors"
-            if (part := _read(shard)) is None:
+            if _read(shard) is None:                  # nothing of a shard stays in memory: it takes no more for a million clips than for one shard
                 _embed_shard(shard, split, places, encoder)
-                part = _read(shard)
-            parts.append(part)
             bar.update(len(places))
-    stored = [tensors for tensors, _ in parts]
+    parts = [_read(shards / f"{start:08d}.safetensors") for start in range(0, len(split), SHARD_SIZE)]
     skipped = [reason for _, about in parts for reason in about["skipped"]]
-    kept = torch.cat([part["places"] for part in stored]).tolist()
+    kept = torch.cat([tensors["places"] for tensors, _ in parts]).tolist()
     if not kept:
         raise AudioError(f"none of the {len(split)} clips of split '{split.name}' could be used: " + "; ".join(skipped[:3]))
+    audio = torch.cat([tensors["audio"] for tensors, _ in parts])
+    del parts                                         # their rows stand in audio now
     captions = [text for place in kept for text in split.captions[place]]
     counts = torch.tensor([len(split.captions[place]) for place in kept])
-    tensors = {
-        "audio": torch.cat([part["audio"] for part in stored]), "text": encoder.embed_text(captions),
-        "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts),
-    }
+    tensors = {"audio": audio, "text": encoder.embed_text(captions), "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts)}
     lists = {"clip_ids": [split.clip_ids[place] for place in kept], "captions": captions, "skipped": skipped}
     _write(final, tensors, {"key": key, "lists": lists})
-    shutil.rmtree(shards)
-    return load_embeddings(profile, split.name)
+    _remove_shards(final)
+    return Embeddings(split=split.name, **tensors, **lists)
+
+
+def _remove_shards(final: Path) -> None:
+    """The shards of a finished split, and those that a killed run of other clips or weights left."""
+    for folder in final.parent.glob(f"{final.stem}-*"):
+        shutil.rmtree(folder)
 
 
 def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder) -> None:

@@ -26,7 +26,8 @@ def figures(folder: Path) -> list[tuple]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every other file that must come out equal, byte for byte."""
     root = folder / "smoke"
-    paths = [*root.glob("captions/*.csv"), *root.glob("table2.*"), *root.glob("claims.*"), *root.glob("cache/embeddings/*"), *root.glob("cache/captions/*")]
+    patterns = ("captions/*.csv", "table2.*", "claims.*", "cache/embeddings/**/*", "cache/captions/*")
+    paths = [path for pattern in patterns for path in root.glob(pattern) if path.is_file()]
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
