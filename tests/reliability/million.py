@@ -6,13 +6,13 @@ resident memory in MB before, with the table read, at ten places of the pass ove
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
+from ledger import peak_mb
 
 from dl.config import get_profile
 from dl.data import CAPTION_COLUMNS, Split, read_captions
@@ -59,7 +59,7 @@ def main(folder: Path, clips: int) -> dict:
     clap._embed_shard = watched
     embeddings = embed_split(get_profile("smoke", results_root=folder / "results"), split, Projection(), progress=False)
     assert len(embeddings.clip_ids) == clips and embeddings.skipped == []
-    return report | {"during": during, "end": memory(), "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}
+    return report | {"during": during, "end": memory(), "peak": peak_mb()}
 
 
 if __name__ == "__main__":

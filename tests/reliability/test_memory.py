@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
+from ledger import peak_mb
 from test_bad_sounds import noise
 
 from dl.captioner.files import read_windows
@@ -57,4 +57,4 @@ def test_every_stage_stays_below_8_gb(ledger):
 
 def test_this_process_stayed_bounded(ledger):
     """All the bad inputs before this test: none of them made the test process grow without bound."""
-    ledger.measure("peak memory of the test process", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 8, "GB")
+    ledger.measure("peak memory of the test process", peak_mb() / 1000, 8, "GB")
