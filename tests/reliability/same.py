@@ -1,6 +1,6 @@
 """The same small run under several numbers of threads: ``python same.py FOLDER THREADS [THREADS ...]``, a child for each.
 
-Writes ``<place>.safetensors`` for each: mini-CLAP's vectors of four scenes one by one and all at once, of captions one by one and all at
+Writes ``<place>.safetensors`` for each: mini-CLAP's vectors of three scenes one by one and all at once, of captions one by one and all at
 once, the weights of a bridge and of a captioner after a few steps, what the bridge answers, gap metrics; and ``<place>.json``, captions.
 """
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dl.data import load_split
 from dl.encoder.clap import ClapEncoder, Embeddings
 from dl.metrics.bootstrap import make_draws, make_reference, score_system
 
-CLIPS = 4
+CLIPS = 3
 
 
 def run(folder: Path, place: int) -> None:
