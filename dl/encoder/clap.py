@@ -217,6 +217,7 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     key = cache_key(split, encoder)
     final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
     if (found := _read(final)) and found[1].get("key") == key:
+        _remove_shards(final)
         return Embeddings(split=split.name, **found[0], **found[1]["lists"])
     size = min(SHARD_SIZE, -(-len(split) // world))
     shards = final.with_name(f"{split.name}-{key[:16]}-{size}")
@@ -224,15 +225,14 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     with tqdm(total=len(split), desc=f"{split.name}: audio", unit="clip", disable=not progress) as bar:
         for number, shard in enumerate(files):
             places = range(number * size, min((number + 1) * size, len(split)))
-            if number % world == rank and _read(shard) is None:
+            if number % world == rank and _read(shard) is None:        # nothing of it stays in memory: no more for a million clips than for one shard
                 _embed_shard(shard, split, places, encoder)
             bar.update(len(places))
     if accelerator is not None:
         accelerator.wait_for_everyone()                                              # every shard is there
     if rank == 0:
         _merge(profile, split, encoder, final, key, files)
-        for folder in final.parent.glob(f"{split.name}-*/"):                          # those of earlier keys too
-            shutil.rmtree(folder)
+        _remove_shards(final)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return load_embeddings(profile, split.name)
@@ -241,17 +241,15 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
 def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, key: str, files: list[Path]) -> None:
     """Put the shards together, embed the captions, and list the clips that could not be used."""
     parts = [_read(file) for file in files]
-    stored = [tensors for tensors, _ in parts]
     skipped = [reason for _, about in parts for reason in about["skipped"]]
-    kept = torch.cat([part["places"] for part in stored]).tolist()
+    kept = torch.cat([tensors["places"] for tensors, _ in parts]).tolist()
     if not kept:
         raise AudioError(f"none of the {len(split)} clips of split '{split.name}' could be used: " + "; ".join(skipped[:3]))
+    audio = torch.cat([tensors["audio"] for tensors, _ in parts])
+    del parts                                         # their rows stand in audio now
     captions = [text for place in kept for text in split.captions[place]]
     counts = torch.tensor([len(split.captions[place]) for place in kept])
-    tensors = {
-        "audio": torch.cat([part["audio"] for part in stored]), "text": encoder.embed_text(captions),
-        "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts),
-    }
+    tensors = {"audio": audio, "text": encoder.embed_text(captions), "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts)}
     lists = {"clip_ids": [split.clip_ids[place] for place in kept], "captions": captions, "skipped": skipped}
     unusable = RowFile(profile.results_dir / "unusable_clips.csv", ("split", "clip_id", "reason"), ("split", "clip_id"))
     unusable.remove(split=split.name)
@@ -259,6 +257,12 @@ def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, ke
     if rows := [*((clip_id, "not on disk") for clip_id in split.missing), *zip(broken, skipped, strict=True)]:
         unusable.add([{"split": split.name, "clip_id": clip_id, "reason": reason} for clip_id, reason in rows])
     _write(final, tensors, {"key": key, "lists": lists})
+
+
+def _remove_shards(final: Path) -> None:
+    """The shards of a finished split, and those that a killed run of other clips or weights left."""
+    for folder in final.parent.glob(f"{final.stem}-*"):
+        shutil.rmtree(folder)
 
 
 def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder) -> None:

@@ -2,8 +2,12 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +70,14 @@ class Ledger:
 
 
 LEDGER = Ledger()
+
+
+def peak_mb() -> float:
+    """The largest resident memory of this process so far, MB. (``ru_maxrss`` counts that of the process it was started from.)"""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 @contextmanager

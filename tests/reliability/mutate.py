@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from ledger import peak_mb
 
 from dl.config import REPO
 from dl.data import AudioError, read_audio
@@ -79,7 +80,7 @@ def main(folder: Path, first: int, last: int, seed: int) -> None:
             print(f"BAD {type(error).__name__}: {error!r}", flush=True)
         signal.alarm(0)
         path.unlink()
-    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, flush=True)
+    print("PEAK", round(peak_mb()), flush=True)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def test_a_java_that_does_not_start_is_passed_over(tmp_path, monkeypatch, ledger
 
 @pytest.mark.parametrize("arguments, words", [
     (["run", "--profile", "smoke", "--only", "00"], "run_all: there is no home folder, .*: set HOME to a folder that can be written"),
-    (["caption", "--profile", "smoke", "x.wav"], "make it with ./run_all.sh"),
+    pytest.param(["caption", "--profile", "smoke", "x.wav"], "make it with ./run_all.sh", marks=pytest.mark.slow),
 ])
 def test_without_a_home(tmp_path, ledger, arguments, words):
     """An unknown user without HOME, as containers have it."""

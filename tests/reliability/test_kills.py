@@ -4,8 +4,11 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +29,8 @@ def figures(folder: Path) -> list[tuple]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every other file that must come out equal, byte for byte."""
     root = folder / "smoke"
-    paths = [*root.glob("captions/*.csv"), *root.glob("table2.*"), *root.glob("claims.*"), *root.glob("cache/embeddings/*"), *root.glob("cache/captions/*")]
+    patterns = ("captions/*.csv", "table2.*", "claims.*", "cache/embeddings/**/*", "cache/captions/*")
+    paths = [path for pattern in patterns for path in root.glob(pattern) if path.is_file()]
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
@@ -58,3 +62,41 @@ def test_a_run_that_is_killed_in_every_stage_ends_with_the_same_figures(tmp_path
         assert contents(root) == others
         assert end["made again"] == [], "what was finished was made again"
         assert end["left"] == [], "temporary files of killed processes are removed by the next write"
+
+
+def smoke(root: Path) -> subprocess.Popen:
+    """``./run_all.sh --profile smoke`` with its results in a folder of their own."""
+    return subprocess.Popen([sys.executable, "-m", "dl", "run", "--profile", "smoke"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO,
+                            env=os.environ | {"DL_RESULTS": str(root)}, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_the_real_smoke_run_is_killed_in_seven_stages(tmp_path, ledger):
+    """The notebooks themselves, the real encoder and language model: killed at a random moment of seven stages, resumed each time."""
+    whole = smoke(tmp_path / "undisturbed")
+    said = whole.communicate(timeout=3000)[0]
+    assert whole.returncode == 0, said[-3000:]
+    with open(tmp_path / "undisturbed/smoke/timing.csv", newline="", encoding="utf-8") as file:
+        timing = list(csv.DictReader(file))
+    seconds = {row["stage"]: float(row["wall_s"]) for row in timing}
+    for row in timing:
+        ledger.measure(f"peak memory of stage {row['stage']}, profile smoke", float(row["peak_memory_mb"]) / 1000, 8, "GB")
+
+    rng, killed, root = random.Random(0), [], tmp_path / "killed"
+    for stage in ("02", "04", "05", "06", "07", "08", "10"):
+        run = smoke(root)
+        for line in run.stdout:
+            if line.startswith(f"RUN  {stage}"):
+                break
+        time.sleep(rng.random() * seconds[stage])
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate(timeout=120)
+        killed.append(stage)
+    last = smoke(root)
+    said = last.communicate(timeout=3000)[0]
+    same = last.returncode == 0 and figures(root) == figures(tmp_path / "undisturbed")
+    ledger.add("fault", "kill -9 in the real smoke run", good=len(killed) * same, bad=len(killed) * (not same))
+    assert last.returncode == 0, said[-3000:]
+    assert figures(root) == figures(tmp_path / "undisturbed")
+    assert "SKIP 02" in said and "SKIP 04" in said, "finished stages are not repeated"
+    assert not list(root.rglob("*.tmp"))

@@ -1,22 +1,20 @@
-"""What is read never becomes code: no pickle without consent, no shell, no path out of an id, no tag out of a caption, no open port."""
+"""What is read never becomes code: no pickle without consent, no shell, no tag out of a caption.
+
+That ids make no paths stands in test_bad_tables, that no port is open to a network in test_two_runs.
+"""
 from __future__ import annotations
 
 import ast
-import ipaddress
 import json
-import os
 import re
-import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 import torch
 from test_bad_weights import Hostile
-from test_pipeline import start, toy  # noqa: F401
 
 from dl.config import REPO, get_profile
 from dl.encoder.laion import convert_laion_checkpoint
@@ -159,18 +157,3 @@ def test_a_report_of_hostile_results_stays_text(results_root, ledger):
 def test_the_committed_report_runs_nothing():
     for path in sorted((REPO / "results").glob("*/report.html")):
         assert Tags(path.read_text(encoding="utf-8")).found == [], path
-
-
-# --------------------------------------------------------------------------------------------------------------------- ports
-def test_nothing_listens_on_a_network_address(toy, ledger):  # noqa: F811
-    """While a stage runs, its kernel listens on this machine's own address alone."""
-    process = start(toy)
-    try:
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        listening = [connection.laddr.ip for one in tree for connection in one.net_connections("inet") if connection.status == psutil.CONN_LISTEN]
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=120)
-    with ledger.attempt("bad input", "open port"):
-        assert len(tree) > 1 and listening, "a kernel has ports"
-        assert all(ipaddress.ip_address(ip).is_loopback for ip in listening), listening

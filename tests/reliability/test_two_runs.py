@@ -1,6 +1,7 @@
 """Two runs at once on one results folder: the second is refused with one line, whatever became of the first."""
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_pipeline import SETUP, ran, start, toy, wait_for, write_notebook  # noqa: F401
 
@@ -25,6 +27,10 @@ def test_the_second_is_refused_and_the_lock_dies_with_its_process(toy, capsys, l
                 error = capsys.readouterr().err
                 assert error == f"run_all: another run (process {first.pid}) is writing {toy.results}: wait for it, or stop it first\n"
             assert ran(toy) == "01 02", "the second wrote nothing"
+        with ledger.attempt("bad input", "open port"):                      # while a stage runs, its kernel listens on this machine's own address alone
+            tree = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
+            listening = [c.laddr.ip for process in tree for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            assert listening and all(ipaddress.ip_address(ip).is_loopback for ip in listening), listening
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate(timeout=120)
