@@ -2,6 +2,7 @@
 # Everything from a fresh clone: makes .venv if need be, then runs every notebook that is not up to date.
 #   ./run_all.sh [--profile smoke|mini|paper] [--only NN] [--from NN] [--dry-run] [--list] [--help]
 #   ./run_all.sh test [--slow]      all tests          ./run_all.sh check      is everything there?
+# DL_SETTINGS=my.toml names a file with your own paths and sizes (dl/config.py), DL_RESULTS another results folder.
 # PYTHON=/path/to/python3.11 chooses the interpreter that .venv is made from.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
