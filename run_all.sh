@@ -3,6 +3,7 @@
 #   ./run_all.sh [--profile smoke|mini|paper] [--only NN] [--from NN] [--dry-run] [--list] [--help]
 #   ./run_all.sh test [--slow]      all tests          ./run_all.sh check      is everything there?
 #   ./run_all.sh test --slow --write-reliability       also writes results/reliability.csv
+# DL_SETTINGS=my.toml names a file with your own paths and sizes (dl/config.py), DL_RESULTS another results folder.
 # PYTHON=/path/to/python3.11 chooses the interpreter that .venv is made from.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"

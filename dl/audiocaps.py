@@ -20,8 +20,9 @@ ROWS = {                                                    # captions a split, 
     "v2": {"train": 91_256, "val": 2_475, "test": 4_875},   # February 2025
 }
 CLIPS = {"v1": {"train": 49_838, "val": 495, "test": 975}, "v2": {"val": 495, "test": 975}}
-GET = ("train.csv, val.csv and test.csv from the repository cdjkim/audiocaps (folder dataset), the clips, cut from YouTube, with aac-datasets: "
-       "aac-datasets-download --root {folder} audiocaps --subsets train val test; or your own copy, named <youtube_id>_<start_time>.wav, in {folder}/audio/")
+GET = ("train.csv, val.csv and test.csv from the repository cdjkim/audiocaps (folder dataset) into {folder}/\n"
+       "                 the clips, cut from YouTube, by aac-datasets: aac-datasets-download --root {folder} audiocaps --subsets train val test\n"
+       "                 or your own copy of them, named <youtube_id>_<start_time>.wav (.flac, .mp3, .opus, ...), into {folder}/audio/")
 SIZE = "about 43 GB as 32 kHz FLAC"
 LICENCE = "captions: academic use only; the clips belong to those who uploaded them"
 OVERLAP = ("LAION-CLAP's training data hold AudioCaps' training clips and AudioSet, from which all of AudioCaps is taken: "

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from dl.peers import REGISTRY, build, centre
 from dl.precision import number_format
 from dl.results import MetricsFile, atomic_write
 
+IN_USE: WeakValueDictionary[Path, LLMCaptioner] = WeakValueDictionary()       # decoders that somebody holds, by their checkpoint
 NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed
 VAL_CLIPS = 128       # clips whose first caption makes the decoder's loss on val [ours]
 TEXT_DECODERS = {     # decoders that are trained on text vectors alone: name -> what is done to the vectors
@@ -203,10 +205,16 @@ class DecoderFit:
         return self.profile.cache_dir / "captioners" / f"{self.name}-{self.seed}-{self.key}.safetensors"
 
     def load(self, progress: bool = False, accelerator: Accelerator | None = None) -> LLMCaptioner:
-        """The fitted captioner in eval mode, its history (step, loss, val_loss, lr) as the attribute ``history``."""
+        """The fitted captioner in eval mode, its history (step, loss, val_loss, lr) as the attribute ``history``.
+
+        One that is still in use somewhere is given again: a second 7B model would not fit beside it.
+        """
+        if (captioner := IN_USE.get(self.path)) is not None and self.path.is_file():
+            return captioner
         captioner = LLMCaptioner(self.vectors.shape[1], self.profile.captioner, seed=self.seed)
         captioner.history = train_captioner(captioner, self.vectors, self.captions, seed=self.seed, checkpoint_path=self.path,
                                             val=self.val, progress=progress, accelerator=accelerator)
+        IN_USE[self.path] = captioner
         return captioner.eval()
 
 

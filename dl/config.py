@@ -125,7 +125,6 @@ PROFILES: dict[str, Profile] = {
         bridge=BridgeConfig(                             # all else as above: SEED's schedule, learning rate, weight decay, k* and one step
             train_steps=20_000,                          # [ours] about 200 epochs of AudioCaps' training clips
             batch_size=512,                              # [ours] the topology loss compares the pairs of a batch
-            ema_decay=0.999,                             # [ours] an average over about 1,000 steps
         ),
         captioner=CaptionerConfig(                       # all else as above: DRCap's projector, prompt, K = 1 and LoRA
             # The paper's language model is unknown. Nearest guess: meta-llama/Llama-2-7b-hf, as in its sister paper LAMB; it is gated.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dl.bridge.network import INFERENCE_FIELDS
-from dl.config import REPO, BridgeConfig, Profile
+from dl.config import BridgeConfig, Profile
 from dl.data import Split, ids_sha256
 from dl.encoder.clap import Embeddings
 from dl.metrics.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
@@ -25,7 +25,7 @@ from dl.metrics.gap import gap_functions, gap_metrics
 from dl.peers import REGISTRY, Peer, build
 from dl.peers.trained import DiffusionLinkPeer
 from dl.report.claims import TUNING_METRIC, comparisons
-from dl.results import git_sha, search_file
+from dl.results import git_sha, search_file, search_paths
 
 Trial = dict[str, object]
 
@@ -61,9 +61,9 @@ WATCHED = (TUNING_METRIC, "pair_cosine", "centroid_gap", "recall_at_10", "effect
 def chosen(profile: Profile, system: str) -> Trial:
     """The hyper-parameters that ``search.csv`` marks as chosen for a system; none where it was not tuned.
 
-    A profile's own search comes first, else that of ``mini``, which is committed.
+    A profile's own search comes first, else that of ``mini``, which is committed; with another encoder the profile's defaults hold.
     """
-    for path in (profile.results_dir / "search.csv", REPO / "results/mini/search.csv"):
+    for path in search_paths(profile):
         if path.is_file():
             frame = pd.read_csv(path, dtype=str)
             best = frame[(frame.system == system) & (frame.chosen == "1")]
@@ -93,9 +93,10 @@ def fit_system(
 
 
 def _base(profile: Profile, system: str) -> Trial:
-    """What a trained system takes from the profile before tuning: the batch size, where the recipe has none of its own."""
-    own_batch = REGISTRY[system].defaults.batch_size != BridgeConfig().batch_size
-    return {} if own_batch and profile.name != "smoke" else {"batch_size": profile.bridge.batch_size}
+    """What a trained system takes from the profile before tuning: what the profile sets, where the system's recipe has no value of its own."""
+    common, recipe, own = (asdict(config) for config in (BridgeConfig(), REGISTRY[system].defaults, profile.bridge))
+    set_here = {name: value for name, value in own.items() if value != common[name] and recipe[name] == common[name]}
+    return set_here | ({"batch_size": profile.bridge.batch_size} if profile.name == "smoke" else {})
 
 
 def map_runs(peer: Peer, audio: Tensor, seed: int, noise_seeds: tuple[int, ...], space: str = "text") -> list[tuple[int, int, Tensor]]:

@@ -326,3 +326,8 @@ class MetricsFile(RowFile):
 def search_file(profile: Profile) -> RowFile:
     """``results/<profile>/search.csv``: every tuning trial on val, the rejected ones too; ``params`` is a JSON object."""
     return RowFile(profile.results_dir / "search.csv", SEARCH_COLUMNS, SEARCH_KEY)
+
+
+def search_paths(profile: Profile) -> list[Path]:
+    """Where choices made on val stand, the profile's own first; those of ``mini``, which are committed, hold for its encoder alone."""
+    return [profile.results_dir / "search.csv", *([REPO / "results/mini/search.csv"] if profile.encoder == "mini" else [])]

@@ -186,6 +186,8 @@ def test_a_finished_fit_is_read_and_not_repeated(profile, counted):
     train, val = embeddings("train"), embeddings("val")
     first = fit_captioner(profile, "text", 0, train, val)
     assert counted["steps"] == 3 and len(list((profile.cache_dir / "captioners").glob("text-0-*.safetensors"))) == 1
+    assert fit_captioner(profile, "text", 0, train, val) is first, "a second 7B model would not fit beside one that is in use"
+    captioning.IN_USE.clear()
     again = fit_captioner(profile, "text", 0, train, val)
     assert counted == {"loads": 2, "steps": 3, "generations": 0}
     for name, value in first.trainable_state().items():
@@ -198,6 +200,7 @@ def test_a_killed_fit_goes_on_where_it_was(profile, counted, monkeypatch):
     original, whole = captioning.train_captioner, fit_captioner(profile, "text", 0, train, val)
     for path in (profile.cache_dir / "captioners").glob("*"):
         path.unlink()
+    captioning.IN_USE.clear()                                              # as in a new process
     counted["steps"] = 0
 
     def killed(step, loss):

@@ -44,6 +44,18 @@ def test_what_was_not_tuned_has_no_choice(profile):
     assert experiments.chosen(profile, "mean_shift") == {}
 
 
+def test_choices_made_on_mini_hold_for_its_encoder_alone(profile):
+    assert experiments.chosen(profile, "ridge") != {}
+    assert experiments.chosen(replace(profile, encoder="laion/clap-htsat-unfused"), "ridge") == {}
+
+
+def test_what_the_profile_sets_reaches_every_system_without_a_recipe_of_its_own(profile):
+    set_here = replace(profile, name="paper", encoder="other", bridge=BridgeConfig(train_steps=2, batch_size=6, learning_rate=1e-3, topology_weight=0.3))
+    fits = {system: experiments.fit_system(set_here, system, embeddings("train")).config for system in ("diffusion_link", "seed", "diffusion_bridge")}
+    assert {system: (c.batch_size, c.learning_rate, c.topology_weight) for system, c in fits.items()} == {
+        "diffusion_link": (6, 1e-3, 0.3), "seed": (6, 1e-3, 0.0), "diffusion_bridge": (64, 8e-5, 0.0)}
+
+
 def test_one_step_and_ddim_share_a_fit(profile):
     train, shared = embeddings("train"), {"topology_weight": 0.5, "learning_rate": 1e-3}
     one = experiments.fit_system(profile, "diffusion_link", train, **shared)

@@ -159,7 +159,7 @@ class LLMCaptioner(nn.Module):
             num_return_sequences: n captions an embedding; n > 1 needs sampling or at least n beams.
             seed: of sampling; the same seed and batch_size give the same captions.
             generator: draws the seed instead.
-            batch_size: embeddings at a time.
+            batch_size: sequences at a time, an embedding being as many as there are beams.
 
         Returns:
             B x n captions, those of one embedding side by side, stripped of white space.
@@ -183,7 +183,7 @@ class LLMCaptioner(nn.Module):
         texts: list[str] = []
         try:
             with seeded(seed, self.device):
-                for part in embeddings.split(batch_size) if len(embeddings) else ():
+                for part in embeddings.split(max(1, batch_size // settings["num_beams"])) if len(embeddings) else ():
                     context = self.context(part)                                     # (b, C, d)
                     mask = torch.ones(context.shape[:2], dtype=torch.long, device=self.device)
                     with memory_advice(f"{len(part)} embeddings at a time, {settings['num_beams']} beams", GENERATION_ADVICE):

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from dl.config import REPO, BridgeConfig, Profile, get_profile
+from dl.config import BridgeConfig, Profile, get_profile
 from dl.report.claims import C1_METRICS, CONTROLS, Part, lookup
 from dl.report.comparison import figure_text, paper_text
 from dl.report.paper import load_paper
-from dl.results import METRIC_COLUMNS, SYSTEMS
+from dl.results import METRIC_COLUMNS, SYSTEMS, search_paths
 
 DIFFUSION = ("diffusion_bridge", "conditional_diffusion", "seed", "diffusion_link", "diffusion_link_ddim")
 SIMPLER = tuple(name for name in SYSTEMS if name not in (*DIFFUSION, "raw", "text_ceiling", "text_floor", "text_to_audio"))   # maps without diffusion
@@ -62,8 +62,8 @@ class Evidence:
         return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
 
     def chosen(self, system: str) -> dict:
-        """What the search on val chose for a system: this profile's ``search.csv``, else that of mini, which is committed."""
-        for path in (self.folder / "search.csv", REPO / "results/mini/search.csv"):
+        """What the search on val chose for a system (``dl.results.search_paths``)."""
+        for path in dict.fromkeys([self.folder / "search.csv", *search_paths(self.profile)]):
             if path.is_file():
                 search = pd.read_csv(path, dtype=str)
                 best = search.params[(search.system == system) & (search.chosen == "1")]

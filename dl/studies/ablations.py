@@ -68,9 +68,9 @@ def few_pairs(embeddings: Embeddings, fraction: float, seed: int) -> Embeddings:
 
 # --------------------------------------------------------------------------------------------------------------------- fits
 def base_config(profile: Profile) -> BridgeConfig:
-    """The base: ``diffusion_link`` as it was chosen on val, with the profile's batch and the steps of an ablation (``dl.studies.variants.STEPS``)."""
+    """The base: ``diffusion_link`` as it was chosen on val, with the profile's settings and the steps of an ablation (``dl.studies.variants.STEPS``)."""
     steps = STEPS.get(profile.name, profile.bridge.train_steps)
-    return replace(BridgeConfig(batch_size=profile.bridge.batch_size), **chosen(profile, "diffusion_link"), train_steps=steps)
+    return replace(profile.bridge, **{**chosen(profile, "diffusion_link"), "train_steps": steps})
 
 
 def resolve(base: BridgeConfig, variant: Variant) -> BridgeConfig:
