@@ -299,7 +299,7 @@ def test_language_models_without_the_layers_and_unknown_names_are_refused(folder
     one_line(error, "check the name")
     with pytest.raises(ValueError, match="float64") as error:
         LLMCaptioner(D, tiny_config(folder, dtype="float64"))
-    one_line(error, "auto, float32 or bfloat16")
+    one_line(error, "auto, float32, bfloat16 or 4bit")
     damaged = tiny_language_model(tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-10])
     with pytest.raises(ValueError, match="damaged") as error:
