@@ -5,7 +5,7 @@ The package in reading order, each module importing only what stands above it:
 * ``config``       profiles smoke, mini and paper: sizes, paths, hyper-parameters, each with its source
 * ``results``      files of results/<profile>/: atomic writing, metrics.csv, provenance
 * ``audio``        sound files, opened with distrust
-* ``data``         clips and captions; ``scenes`` mixes those of data/mini from real recordings
+* ``data``         clips and captions; ``scenes`` mixes those of data/mini from real recordings, ``audiocaps`` knows its layouts and counts
 * ``precision``    float32 or bfloat16, whichever the machine computes faster
 * ``encoder/``     the frozen CLAP encoder and its embedding cache
 * ``bridge/``      Diffusion-Link: noise schedule, network, losses, training loop
@@ -17,7 +17,7 @@ The package in reading order, each module importing only what stands above it:
 * ``captioning``   what Table 2 runs: decoders, captions of every system, scores on test
 * ``studies/``     beyond the paper's tables: ablations (notebook 09), and what only a generative model can do (A3)
 * ``plots/``       one function per figure
-* ``pipeline/``    stages, stamps and ``python -m dl check``
+* ``pipeline/``    stages, stamps, ``python -m dl check``, and the long jobs in several processes
 
 The public names below load their module when first used, so that ``import dl`` costs nothing.
 
