@@ -40,7 +40,7 @@ DEVIATIONS = (
               "learning rate and weight decay are SEED's; the steps fit a laptop, and every trained system gets as many"),
     Deviation("data", "`data/mini`", "AudioCaps", "AudioCaps' clips are not free to pass on; the recordings here are"),
     Deviation("encoder", "mini-CLAP, 256-d", "a frozen CLAP, checkpoint unknown", "small enough to ship; profile paper takes LAION-CLAP"),
-    Deviation("language-model", "SmolLM2-135M-Instruct, LoRA on q and v, one prefix vector, 400 steps, greedy",
+    Deviation("language-model", "SmolLM2-135M-Instruct, LoRA on q and v, one prefix vector, 400 steps, greedy (beam 4 under --full)",
               "a large language model; which one, and its training, unknown", "captions on two CPU cores; profile paper takes a 7B model and beam 4"),
 )
 
