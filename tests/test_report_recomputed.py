@@ -98,7 +98,7 @@ def test_a_cider_d_of_table2_follows_from_the_captions():
 
     from dl.metrics.java import find_java, ptb_tokenize
 
-    said = rows("captions/zero_shot")
+    said = rows("captions/zero_shot_beam4")
     clip_ids, columns = [row["clip_id"] for row in said], sorted(name for name in said[0] if name.startswith("raw_seed_"))
     candidates = [[row[name].removeprefix("'") for row in said] for name in columns]
     references: dict[str, list[str]] = {}

@@ -180,7 +180,7 @@ def write_candidates(path: str | Path, clip_ids: list[str], runs: dict[Key, list
     ``aac-metrics-eval`` reads it, one column at a time, and finds the references by their names (R at most 5); it scores after
     ``aac-metrics-download``::
 
-        aac-metrics-eval -i results/mini/captions/zero_shot.csv -cands diffusion_link_seed_0
+        aac-metrics-eval -i results/mini/captions/zero_shot_beam4.csv -cands diffusion_link_seed_0
 
     A caption stays text whatever it holds: white space and line ends become one blank; a candidate that a spreadsheet would take
     for a formula gets a leading ', which the tokenizer removes; ``aac-metrics-eval`` evaluates a reference with [ and ] as Python,
