@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from dl.config import REPO
 
-TOLERANCE = 1e-5            # of a coordinate of a unit vector, of a weight; metrics are compared relatively beside it
+TOLERANCE = 1e-5            # of a coordinate of a unit vector; metrics are compared relatively beside it
+WEIGHT_TOLERANCE = 1e-3     # of a trained weight: AdamW divides a small gradient by its own size, so a last digit can grow to a step
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def test_the_same_seed_gives_the_same_bytes(runs, ledger):
 def test_other_numbers_of_threads_move_the_last_digits_only(runs, ledger):
     _, first, captions = runs[0]
     for name in first:
-        ledger.measure(f"threads: {name}", max(distance(other[name], first[name]) for _, other, _ in runs[2:]), TOLERANCE, "largest difference")
+        ledger.measure(f"threads: {name}", max(distance(other[name], first[name]) for _, other, _ in runs[2:]),
+                       WEIGHT_TOLERANCE if "weights" in name else TOLERANCE, "largest difference")
     for threads, _, said in runs[2:]:
         with ledger.attempt("same bytes", "captions of other threads"):
             assert said == captions, threads
