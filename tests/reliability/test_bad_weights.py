@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Hostile:
     """Unpickled, it would leave a trace."""
 
     def __reduce__(self):
-        return Path.touch, (Path("/tmp/reliability-was-unpickled"),)
+        return Path.touch, (Path(tempfile.gettempdir(), "reliability-was-unpickled"),)
 
 
 def flip(path: Path, place: int) -> None:
@@ -102,7 +103,7 @@ def test_damaged_weights_are_refused_in_one_line(quick, tmp_path, monkeypatch, c
         lines = [line for line in err.splitlines() if line.startswith("caption: ")]
         assert out == "" and len(lines) == 1 and "Traceback" not in err
         assert which in lines[0] and re.search(REMEDY, lines[0]), lines[0]
-        assert not Path("/tmp/reliability-was-unpickled").exists()
+        assert not Path(tempfile.gettempdir(), "reliability-was-unpickled").exists()
 
 
 @pytest.mark.parametrize("kind", ["truncated", "a pickle by another name", "a tensor less", "a width in words", "an unknown key", "a config that is no JSON"])

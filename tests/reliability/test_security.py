@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_the_search_sees_it(source):
 @pytest.mark.parametrize("consent", [{}, {"allow_pickle": True}, {"allow_pickle": True, "sha256": "0" * 64}])
 def test_a_hostile_checkpoint_runs_nothing(tmp_path, capsys, ledger, consent):
     """Without the flag and the sha256 of this very file nothing inside it runs; its sha256 is printed first."""
-    trace = Path("/tmp/reliability-was-unpickled")
+    trace = Path(tempfile.gettempdir(), "reliability-was-unpickled")
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Hostile()}, tmp_path / "clap.pt")
     with ledger.attempt("bad input", "pickle"):
         with pytest.raises(ValueError, match="a pickle that can run code: if you trust it|has sha256"):
