@@ -67,10 +67,10 @@ class Recorder:
         if left <= 0:
             self.not_measured(section, name, "out of time", **where)
             return
+        self._reset_memory()
         before = signal.signal(signal.SIGALRM, _raise_out_of_time)
-        signal.setitimer(signal.ITIMER_REAL, left)
+        signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # again every second: an exception raised inside a destructor is swallowed
         try:
-            self._reset_memory()
             measure()
         except Exception as error:                       # noqa: BLE001  one failure must not cost the other rows
             signal.setitimer(signal.ITIMER_REAL, 0)
