@@ -37,8 +37,10 @@ from dl.metrics.caption_runs import CaptionResults, Run, candidates_path, score_
 from dl.peers import REGISTRY, build, centre
 from dl.precision import number_format
 from dl.results import MetricsFile, atomic_write
+from dl.workers import side_by_side
 
 IN_USE: WeakValueDictionary[Path, LLMCaptioner] = WeakValueDictionary()       # decoders that somebody holds, by their checkpoint
+GB_EACH = 2.3         # memory of a fit, or of a decoder at work, with SmolLM2-135M in float32: 2.1 GB were measured
 NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed
 VAL_CLIPS = 128       # clips whose first caption makes the decoder's loss on val [ours]
 TEXT_DECODERS = {     # decoders that are trained on text vectors alone: name -> what is done to the vectors
@@ -247,6 +249,14 @@ def decoding_name(num_beams: int) -> str:
     return "greedy" if num_beams == 1 else f"beam {num_beams}"
 
 
+def caption_file(profile: Profile, row: Row, fit: DecoderFit, vectors: Tensor, num_beams: int | None = None) -> Path:
+    """The cache file of a row's captions, named by everything that determines them."""
+    beams = num_beams or profile.captioner.num_beams
+    key = short_hash(fit=fit.key, vectors=vectors, decoding=[beams, profile.captioner.max_new_tokens])
+    name = f"{row.decoder}-{row.system}-{row.space}-{fit.seed}-{decoding_name(beams).replace(' ', '')}-{key}.json"
+    return profile.cache_dir / "captions" / name
+
+
 def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embeddings, val: Embeddings, test: Embeddings, *,
                  num_beams: int | None = None, vectors_of: Callable[[Row], Tensor] | None = None, progress: bool = False) -> dict[Row, list[str]]:
     """The captions of the test clips for every row, one training seed; what the cache holds is not generated again.
@@ -265,14 +275,39 @@ def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embedd
         fit, captioner = decoder_fit(profile, decoder, seed, train, val), None
         for row in (row for row in rows if row.decoder == decoder):
             vectors = vectors_of(row) if vectors_of else system_vectors(profile, row, train, test, seed)
-            key = short_hash(fit=fit.key, vectors=vectors, decoding=[beams, profile.captioner.max_new_tokens])
-            path = profile.cache_dir / "captions" / f"{decoder}-{row.system}-{row.space}-{seed}-{decoding_name(beams).replace(' ', '')}-{key}.json"
+            path = caption_file(profile, row, fit, vectors, beams)
             if (texts := read_texts(path, len(vectors))) is None:
                 captioner = captioner or fit.load(progress)
                 texts = captioner.generate(vectors, num_beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
                 atomic_write(path, json.dumps(texts, indent=0))
             found[row] = texts
     return {row: found[row] for row in rows}
+
+
+def caption_seeds(profile: Profile, rows: Iterable[Row], seeds: Iterable[int], train: Embeddings, val: Embeddings, test: Embeddings, *,
+                  num_beams: int | None = None) -> dict[int, dict[Row, list[str]]]:
+    """:func:`caption_rows` for several training seeds; where there is no GPU, decoders are fitted and captions generated side by side.
+
+    Returns:
+        seed -> row -> n captions.
+    """
+    rows, seeds = list(rows), list(seeds)
+    if not torch.accelerator.is_available():            # two decoders at once would not fit a GPU: there the rows follow each other
+        lists = [(row, seed) for row in rows for seed in seeds]
+        missing = [(row, seed) for row, seed in lists if not caption_file(
+            profile, row, decoder_fit(profile, row.decoder, seed, train, val), system_vectors(profile, row, train, test, seed), num_beams).is_file()]
+        fits = dict.fromkeys((row.decoder, seed) for row, seed in missing)
+        side_by_side(_keep_decoder, [(profile, decoder, seed, train, val) for decoder, seed in fits], profile.processes, GB_EACH)
+        side_by_side(_keep_captions, [(profile, row, seed, train, val, test, num_beams) for row, seed in lists if missing], profile.processes, GB_EACH)
+    return {seed: caption_rows(profile, rows, seed, train, val, test, num_beams=num_beams) for seed in seeds}
+
+
+def _keep_decoder(profile: Profile, decoder: str, seed: int, train: Embeddings, val: Embeddings) -> None:
+    decoder_fit(profile, decoder, seed, train, val).load()
+
+
+def _keep_captions(profile: Profile, row: Row, seed: int, train: Embeddings, val: Embeddings, test: Embeddings, num_beams: int | None) -> None:
+    caption_rows(profile, [row], seed, train, val, test, num_beams=num_beams)
 
 
 def read_texts(path: Path, n: int) -> list[str] | None:

@@ -94,6 +94,7 @@ class Profile:
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     caption_seeds: tuple[int, ...] = (0,)  # training seeds of the captioner; ``seeds`` under --full
     bootstrap_samples: int = 1000
+    processes: int = 0                     # [ours] for fits and captions on a CPU (``dl.workers``); 0: one a core
     results_root: Path = REPO / "results"
 
     @property
@@ -111,7 +112,7 @@ PROFILES: dict[str, Profile] = {
     "smoke": Profile(
         name="smoke", data_dir=REPO / "data/mini", encoder="mini",
         max_clips={"train": 24, "val": 24, "test": 40}, seeds=(0, 1), noise_seeds=(0, 1),
-        bridge=BridgeConfig(train_steps=8, batch_size=16), bootstrap_samples=50,
+        bridge=BridgeConfig(train_steps=8, batch_size=16), bootstrap_samples=50, processes=1,
         captioner=CaptionerConfig(train_steps=4, batch_size=4, warmup_steps=1, validate_every=2, max_new_tokens=12),
     ),
     "mini": Profile(name="mini", data_dir=REPO / "data/mini", encoder="mini"),

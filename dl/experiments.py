@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import product
 
@@ -26,6 +27,7 @@ from dl.peers import REGISTRY, Peer, build
 from dl.peers.trained import DiffusionLinkPeer
 from dl.report.claims import TUNING_METRIC, comparisons
 from dl.results import git_sha, search_file, search_paths
+from dl.workers import side_by_side
 
 Trial = dict[str, object]
 
@@ -90,6 +92,27 @@ def fit_system(
     path = profile.cache_dir / "fits" / f"{family}-{key}-{seed}.safetensors"
     return peer.fit(train.audio, train.text, train.text_clip, seed=seed, checkpoint_path=path, progress=progress,
                     val=None if val is None else (val.audio, val.first_text))
+
+
+def fit_systems(
+    profile: Profile, systems: Iterable[str], train: Embeddings, val: Embeddings | None = None, progress: bool = False,
+) -> dict[tuple[str, int], Peer]:
+    """Fit every system with every training seed (a closed form: seed 0), several fits side by side where there is no GPU.
+
+    Args:
+        val: see :func:`fit_system`.
+
+    Returns:
+        (system, seed) -> peer.
+    """
+    fits = [(system, seed) for system in systems for seed in (profile.seeds if REGISTRY[system].trained else (0,))]
+    side_by_side(_keep_fit, [(profile, system, train, seed, False, val) for system, seed in fits if REGISTRY[system].trained], profile.processes)
+    return {(system, seed): fit_system(profile, system, train, seed, progress, val) for system, seed in fits}
+
+
+def _keep_fit(*arguments: object) -> None:
+    """``fit_system`` for what it leaves in the cache."""
+    fit_system(*arguments)
 
 
 def _base(profile: Profile, system: str) -> Trial:
@@ -171,6 +194,7 @@ def score_table(
     shared = {"experiment": "gap", "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
     scores: dict[tuple[str, str], SystemScores] = {}
     rows: list[dict] = []
+    fitted = fit_systems(profile, [system for system in systems if system != "text_floor"], train, progress=progress)
     for system in systems:
         reference = make_reference(test, labels)
         if system == "text_floor":
@@ -179,7 +203,7 @@ def score_table(
             rows += scores[system, "text"].rows(**shared, split="test", space="text")
             continue
         seeds = profile.seeds if REGISTRY[system].trained else (0,)
-        peers = [fit_system(profile, system, train, seed, progress) for seed in seeds]
+        peers = [fitted[system, seed] for seed in seeds]
         spaces, source = (("audio",), opposite(test)) if system == "text_to_audio" else (("text", "centred") if peers[0].centred else ("text",), test)
         for space in spaces:
             means = (peers[0].audio_mean.float(), peers[0].text_mean.float()) if space == "centred" else None

@@ -189,6 +189,15 @@ def test_finished_variants_are_not_fitted_again(profile, monkeypatch):
         run(replace(profile, noise_seeds=(0, 1, 2)))
 
 
+def test_a_fit_that_several_variants_call_is_made_once(profile, monkeypatch):
+    made = []
+    monkeypatch.setattr(ablations, "side_by_side", lambda function, parts, processes: made.extend(parts))
+    ablations.fit_variants(profile, [Variant("base"), *ABLATIONS["start_step"].variants, *ABLATIONS["blocks"].variants, Variant("ridge", system="ridge")],
+                           embeddings("train"), (0, 1))
+    assert [(variant.label, seed) for _, variant, _, seed in made] == [
+        (label, seed) for label in ("base", "blocks_1", "blocks_2", "blocks_4", "blocks_5") for seed in (0, 1)]
+
+
 def test_running_one_ablation_leaves_the_rows_of_the_others_and_of_other_experiments(profile):
     MetricsFile(profile).add([{"experiment": "gap", "system": "raw", "split": "test", "seed": 0, "noise_seed": 0, "metric": "rmg", "value": 0.5}])
     run(profile, ["scale"])

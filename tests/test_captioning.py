@@ -308,3 +308,13 @@ def test_a_setting_replaces_its_rows_and_files_and_no_others(profile, no_java):
     assert set(frame.decoding[frame.experiment == "zero_shot"]) == {"beam 4"} and set(frame.system[frame.experiment == "zero_shot"]) == {"raw"}
     assert not (frame.experiment == "zero_shot:paired").any()
     assert {"supervised", "zero_shot:disjoint"} <= set(frame.experiment)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU rows follow each other")
+def test_captions_made_side_by_side_are_those_of_one_process(profile, tmp_path, counted, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    rows, splits = (Row("raw"), Row("ridge"), Row("raw", "raw")), [embeddings(name) for name in ("train", "val", "test")]
+    alone = captioning.caption_seeds(profile, rows, (0, 1), *splits)
+    assert counted["generations"] == 6
+    together = captioning.caption_seeds(replace(profile, processes=2, results_root=tmp_path / "other"), rows, (0, 1), *splits)
+    assert counted["generations"] == 6 and together == alone and set(alone) == {0, 1} and set(alone[1]) == set(rows)

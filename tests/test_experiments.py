@@ -97,3 +97,17 @@ def test_parts_of_the_split_are_scored_with_the_watched_metrics(profile):
     assert seen.ci_low["rmg"] < seen.value["rmg"] < seen.ci_high["rmg"]
     whole = frame[(frame.split == "test") & (frame.system == "c3") & (frame.seed == "all")]
     assert set(scores["c3", "text"].points) | {"parameters", "ms_per_1000"} == set(whole.metric[whole.space == "text"])
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU there is one process")
+def test_fits_side_by_side_are_those_of_one_process(profile, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    train, val = embeddings("train"), embeddings("val")
+    alone = experiments.fit_systems(profile, ["ridge", "seed", "diffusion_link"], train, val)
+    together = experiments.fit_systems(replace(profile, processes=2, results_root=tmp_path / "other"), ["ridge", "seed", "diffusion_link"], train, val)
+    assert list(alone) == list(together) == [("ridge", 0), ("seed", 0), ("seed", 1), ("diffusion_link", 0), ("diffusion_link", 1)]
+    for name, peer in alone.items():
+        assert torch.allclose(peer(val.audio), together[name](val.audio), atol=1e-5)
+    assert together["diffusion_link", 1].history.val_pair_cosine.notna().all()
+    fits = {path.name for path in (tmp_path / "other/smoke/cache/fits").glob("*.safetensors")}
+    assert fits == {path.name for path in (profile.cache_dir / "fits").glob("*.safetensors")} and len(fits) == 4

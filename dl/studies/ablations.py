@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -35,6 +36,7 @@ from dl.peers import REGISTRY, build, centre, uncentre
 from dl.results import MetricsFile, atomic_write
 from dl.studies.ablation_table import METRICS, write_table
 from dl.studies.variants import ABLATIONS, SMOKE, STEPS, Variant
+from dl.workers import side_by_side
 
 REPLICATES = 200          # [ours] of the bootstrap over recordings and seeds; Table 1 takes 1,000
 ARRAYS = ("points", "replicates", "clip_replicates")      # of SystemScores, as the cache keeps them
@@ -127,7 +129,8 @@ def variant_runs(
         path = profile.cache_dir / "fits" / f"scaled-{short_hash(config=asdict(config), scale=float(variant.scale))}-{seed}.safetensors"
         link = scaled_bridge(config, pairs, variant.scale, seed, path, progress)
         noise_seeds = profile.noise_seeds if config.add_noise else (0,)
-        return [(seed, noise_seed, link(audio, generator=torch.Generator().manual_seed(noise_seed))) for noise_seed in noise_seeds]
+        runs = [(noise_seed, link(audio.to(train.audio.device), generator=torch.Generator().manual_seed(noise_seed))) for noise_seed in noise_seeds]
+        return [(seed, noise_seed, mapped.to(audio.device)) for noise_seed, mapped in runs]
     middle = build("raw").fit(pairs.audio, pairs.text, pairs.text_clip)
     if variant.centred:
         place = replace(profile, results_root=profile.cache_dir / "centred")
@@ -137,6 +140,20 @@ def variant_runs(
     peer.stochastic = config.add_noise
     runs = map_runs(peer, audio, seed, profile.noise_seeds)
     return [(s, k, uncentre(mapped, middle.text_mean, middle.text_radius)) for s, k, mapped in runs] if variant.centred else runs
+
+
+def fit_variants(profile: Profile, variants: Iterable[Variant], train: Embeddings, seeds: tuple[int, ...]) -> None:
+    """Put the fits of many variants into the cache, several side by side where there is no GPU; each fit once, however many variants call it."""
+    config, distinct = base_config(profile), {}
+    for variant in variants:
+        training = {name: value for name, value in asdict(resolve(config, variant)).items() if name not in INFERENCE_FIELDS}
+        distinct.setdefault(short_hash(of=[variant.system, variant.fraction, variant.scale, variant.centred], training=training), variant)
+    trained = [variant for variant in distinct.values() if REGISTRY[variant.system].trained]
+    side_by_side(_keep_fit, [(profile, variant, train, seed) for variant in trained for seed in seeds], profile.processes)
+
+
+def _keep_fit(profile: Profile, variant: Variant, train: Embeddings, seed: int) -> None:
+    variant_runs(profile, variant, train, train.audio[:2], seed)
 
 
 # ------------------------------------------------------------------------------------------------------------------- scores
@@ -162,6 +179,16 @@ def five_metrics(mapped: Tensor, reference: Reference) -> dict[str, np.ndarray |
     }
 
 
+def score_file(profile: Profile, variant: Variant, train: Embeddings, test: Embeddings, draws: Draws, seeds: tuple[int, ...]) -> Path:
+    """Where a variant's scores are kept, named by everything they depend on."""
+    settings = {f.name: getattr(variant, f.name) for f in fields(Variant) if f.name not in ("label", "changes")}
+    settings["config"] = asdict(resolve(base_config(profile), variant))
+    tuned = {} if variant.system == "diffusion_link" else chosen(profile, variant.system)
+    key = short_hash(settings=settings, tuned=tuned, seeds=list(seeds), noise_seeds=list(profile.noise_seeds), scoring=[SCORING, len(draws.seed)],
+                     train=[train.audio, train.text, train.text_clip], test=[test.audio, test.text, test.text_clip], code=list(SOURCES))
+    return profile.cache_dir / "ablations" / f"{key}.json"
+
+
 def score_variant(profile: Profile, variant: Variant, train: Embeddings, test: Embeddings, draws: Draws, seeds: tuple[int, ...],
                   progress: bool = False) -> tuple[str, SystemScores]:
     """Fit and score one variant, or read its scores from the cache.
@@ -170,12 +197,7 @@ def score_variant(profile: Profile, variant: Variant, train: Embeddings, test: E
         (key that names everything the scores depend on, scores of all runs with their replicates).
     """
     seeds = seeds if REGISTRY[variant.system].trained or variant.fraction < 1 else (0,)
-    settings = {f.name: getattr(variant, f.name) for f in fields(Variant) if f.name not in ("label", "changes")}
-    settings["config"] = asdict(resolve(base_config(profile), variant))
-    tuned = {} if variant.system == "diffusion_link" else chosen(profile, variant.system)
-    key = short_hash(settings=settings, tuned=tuned, seeds=list(seeds), noise_seeds=list(profile.noise_seeds), scoring=[SCORING, len(draws.seed)],
-                     train=[train.audio, train.text, train.text_clip], test=[test.audio, test.text, test.text_clip], code=list(SOURCES))
-    path = profile.cache_dir / "ablations" / f"{key}.json"
+    path = score_file(profile, variant, train, test, draws, seeds)
     if not path.is_file():
         reference = make_reference(test)
         runs = [run for seed in seeds for run in variant_runs(profile, variant, train, test.audio, seed, progress)]
@@ -184,7 +206,7 @@ def score_variant(profile: Profile, variant: Variant, train: Embeddings, test: E
         atomic_write(path, json.dumps({"runs": scores.runs, "n_items": scores.n_items, **stored}))
     stored = json.loads(path.read_text())
     arrays = {name: {metric: np.array(values, dtype=float) for metric, values in stored[name].items()} for name in ARRAYS}
-    return key, SystemScores(variant.label, [tuple(run) for run in stored["runs"]], stored["n_items"], **arrays)
+    return path.stem, SystemScores(variant.label, [tuple(run) for run in stored["runs"]], stored["n_items"], **arrays)
 
 
 def summary_rows(scores: SystemScores, each_seed: bool, **labels: object) -> list[dict]:
@@ -244,8 +266,11 @@ def run_ablations(profile: Profile, train: Embeddings, test: Embeddings, split: 
             print(f"{name:>16} {variant.label:<22} " + " ".join(f"{metric} {scores.mean(metric):.4f}" for metric in METRICS), flush=True)
         return scores
 
-    base = record(Variant("base"), "base")
     wanted = selection(profile, names)
+    everything = [Variant("base"), *(variant for variants in wanted.values() for variant in variants)]
+    if not all(score_file(profile, variant, train, test, draws, seeds).is_file() for variant in everything if REGISTRY[variant.system].trained):
+        fit_variants(profile, everything, train, seeds)
+    base = record(Variant("base"), "base")
     for name, variants in wanted.items():
         done = {variant.label: record(variant, name) for variant in variants if not is_base(config, variant)}
         for ours, theirs in ABLATIONS[name].compare:
