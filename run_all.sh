@@ -98,8 +98,8 @@ export PATH="$(dirname "$python"):$PATH"
 case "${1:-}" in
   test)
     shift
-    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-    exec "$python" -m pytest "$@"
+    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"     # files side by side, a thread each
+    exec "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
     ;;
   check) exec "$python" -m dl "$@" ;;
   *) exec "$python" -m dl run "$@" ;;

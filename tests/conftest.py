@@ -2,12 +2,19 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"               # before any import of huggingface_hub reads it
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "reliability"))
+from ledger import COLUMNS, LEDGER
+
+from dl.config import REPO
+from dl.results import atomic_write, csv_text
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +27,33 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: runs with --slow"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several test processes hands its part of the ledger to the first."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["ledger"] = [[[*key, *counts] for key, counts in LEDGER.counts.items()], LEDGER.measures]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error: object) -> None:
+    """The first process takes the part of another over."""
+    counts, measures = getattr(node, "workeroutput", {}).get("ledger", ([], {}))
+    for kind, part, good, bad in counts:
+        LEDGER.add(kind, part, good, bad)
+    LEDGER.measures |= {part: tuple(measure) for part, measure in measures.items()}
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not (LEDGER.counts or LEDGER.measures):
+        return
+    terminalreporter.section("reliability")
+    for line in LEDGER.lines():
+        terminalreporter.line(line)
+    if config.getoption("--write-reliability"):
+        of = "slow" if config.getoption("--slow") else "fast"
+        path = atomic_write(REPO / "results/reliability.csv", csv_text(LEDGER.rows(of), COLUMNS))
+        terminalreporter.line(f"written to {path.relative_to(REPO)}")
 
 
 @pytest.fixture

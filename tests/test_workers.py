@@ -45,7 +45,7 @@ def test_processes_end_with_their_parent():
     script = "import time; from dl.workers import side_by_side\nif __name__ == '__main__': side_by_side(time.sleep, [(120,), (120,)], 2)"
     parent = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
-    while len(children := psutil.Process(parent.pid).children(recursive=True)) < 3 and time.monotonic() < deadline:    # two, and the resource tracker
+    while len(children := psutil.Process(parent.pid).children(recursive=True)) < 3 and time.monotonic() < deadline:    # two, and a tracker of files
         time.sleep(0.1)
     time.sleep(3)
     parent.send_signal(signal.SIGKILL)

@@ -1,7 +1,7 @@
 """What the reliability tests count: faults tried and survived, bad inputs and what became of them, limits measured.
 
-Every test of this folder enters what it tried into the ledger; the run ends with its summary. ``./run_all.sh test --slow
---write-reliability`` keeps it as ``results/reliability.csv``; no other run touches that file.
+Every test of this folder enters what it tried into the ledger; the run ends with its summary (``tests/conftest.py``).
+``./run_all.sh test --slow --write-reliability`` keeps it as ``results/reliability.csv``; no other run touches that file.
 """
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from ledger import COLUMNS, LEDGER, Ledger
-
-from dl.config import REPO
-from dl.results import atomic_write, csv_text
+from ledger import LEDGER, Ledger
 
 
 @pytest.fixture
@@ -29,18 +26,6 @@ def pytest_configure(config: pytest.Config) -> None:
     examples = 1000 if config.getoption("--slow") else 100
     settings.register_profile("reliability", max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     settings.load_profile("reliability")
-
-
-def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if not (LEDGER.counts or LEDGER.measures):
-        return
-    terminalreporter.section("reliability")
-    for line in LEDGER.lines():
-        terminalreporter.line(line)
-    if config.getoption("--write-reliability"):
-        of = "slow" if config.getoption("--slow") else "fast"
-        path = atomic_write(REPO / "results/reliability.csv", csv_text(LEDGER.rows(of), COLUMNS))
-        terminalreporter.line(f"written to {path.relative_to(REPO)}")
 
 
 @pytest.fixture
