@@ -1,4 +1,4 @@
-"""Figures and sound players: one function a figure; ``style`` is what they share."""
+"""Figures, a slider over them, sound players: one function a figure; ``style`` is what they share."""
 from dl.plots.captions import label_gains, plot_caption_scores, plot_gains, plot_label_gains, plot_losses
 from dl.plots.comparison import plot_systems, plot_trade_off
 from dl.plots.data import (
