@@ -1,7 +1,8 @@
 """The notebooks: their anatomy, and that every checked output holds in the smoke profile.
 
 nbval runs copies that papermill prepared with profile=smoke, in a temporary folder and in order, in one process, so that each
-finds what the ones before it made. The results folder is temporary too.
+finds what the ones before it made. The results folder is temporary too. The folded answers of the exercises are code: in these copies
+they stand in cells of their own, where a student would paste them, and must run.
 """
 from __future__ import annotations
 
@@ -23,6 +24,13 @@ from dl.pipeline.stages import STAGES, parameter_names, read_notebook
 NOTEBOOKS = [REPO / "notebooks" / stage.notebook for stage in STAGES if (REPO / "notebooks" / stage.notebook).is_file()]
 CHECKED = "# NBVAL_CHECK_OUTPUT"
 CELL_TIMEOUT_S = 600
+THREAD = ("01", "02", "03", "04", "05", "06", "07", "08", "11")       # the notebooks that the clip we follow passes through
+ANSWER = re.compile(r"<details><summary>Answer</summary>\n\n```python\n(.*?)\n```", re.DOTALL)
+
+
+def answers(cell: dict) -> list[str]:
+    """The code of the folded answers in a cell of prose."""
+    return ANSWER.findall(cell["source"]) if cell["cell_type"] == "markdown" else []
 
 
 def anatomy(path: Path) -> list[str]:
@@ -61,6 +69,15 @@ def anatomy(path: Path) -> list[str]:
         wrong.append(f"{len(prose)} of {len(cells)} cells are prose, at least half are wanted")
     if not (prose and prose[0].startswith("# ") and cells[0]["cell_type"] == "markdown"):
         wrong.append("it does not open with a title")
+    for answer in (folded := [text for cell in cells for text in answers(cell)]):
+        try:
+            compile(answer, "answer", "exec")
+        except SyntaxError as error:
+            wrong.append(f"the answer to an exercise is not Python: {error}")
+    if path.name[0].isdigit() and not folded:
+        wrong.append("no exercise with a folded answer that is code")
+    if path.name.startswith(THREAD) and ("### The clip we follow" not in everything or "thread_clip(" not in everything):
+        wrong.append("the clip we follow does not pass through it")
     for word in ("needs", "makes", "time"):
         if not re.search(rf"\b{word}\b\W*[:|]", opening, re.IGNORECASE):
             wrong.append(f"no '{word}:' line near its top")
@@ -73,15 +90,21 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def nbval(notebooks: list[Path], folder: Path) -> subprocess.CompletedProcess:
-    """Prepare copies with profile=smoke in ``folder`` and check them by ``pytest --nbval-lax``, stopping at the first that fails."""
+    """Prepare copies with profile=smoke in ``folder``, answers in cells of their own, and check them by ``pytest --nbval-lax``, stopping at
+    the first that fails."""
+    import nbformat
     from papermill import execute_notebook
 
     (folder / "pytest.ini").write_text("[pytest]\n")
     for path in notebooks:
         execute_notebook(str(path), str(folder / path.name), parameters={"profile": "smoke"}, kernel_name="python3", prepare_only=True,
                          progress_bar=False)
+        prepared = nbformat.read(folder / path.name, as_version=4)
+        prepared.cells = [part for cell in prepared.cells for part in (cell, *map(nbformat.v4.new_code_cell, answers(cell)))]
+        nbformat.write(prepared, folder / path.name)
     environment = os.environ | {"DL_RESULTS": str(folder / "results"), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
                                 "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))}
+    environment.pop("JPY_SESSION_NAME", None)             # nobody moves a slider here
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "--nbval-lax", f"--nbval-cell-timeout={CELL_TIMEOUT_S}", "-p",
                            "no:cacheprovider", "-c", "pytest.ini", "--durations=5", *[path.name for path in notebooks]],
                           check=False, capture_output=True, text=True, cwd=folder, env=environment)
@@ -108,6 +131,7 @@ def test_committed_outputs_are_light_and_free_of_errors():
         outputs = [output for cell in cells for output in cell.get("outputs", [])]
         assert not [output for output in outputs if output["output_type"] == "error"], path.name
         assert "audio/wav" not in json.dumps(outputs), f"{path.name}: sound is embedded as Opus"
+        assert "application/vnd.jupyter.widget" not in json.dumps([outputs, json.loads(path.read_text(encoding="utf-8"))["metadata"]]), f"{path.name}: a widget's state"
         if (size := path.stat().st_size) > 2_500_000:
             heavy[path.name] = size
     assert heavy == {}
@@ -150,6 +174,14 @@ def test_nbval_sees_a_flipped_output(tmp_path):
     assert "Cell outputs differ" in summary(done)
 
 
+def test_nbval_sees_an_answer_that_fails(tmp_path):
+    answer = "<details><summary>Answer</summary>\\n\\n```python\\nassert 2 + 2 == 5, profile\\n```"
+    path = small_notebook(tmp_path / "small" / "00_small.ipynb", **{"Why.": answer})
+    done = nbval([path], tmp_path)
+    assert done.returncode == 1, summary(done)
+    assert "AssertionError: smoke" in summary(done)
+
+
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS[:1]], ids=lambda path: path.stem)
 def test_nbval_sees_a_flipped_output_in_a_real_notebook(tmp_path, path):
     """The first notebook with one character of one checked output changed."""
@@ -186,6 +218,9 @@ def test_anatomy_accepts_a_good_notebook(tmp_path):
     ({"# A title": "A title"}, "does not open with a title"),
     ({"needs": "wants"}, "no 'needs:' line"),
     ({'"markdown", "id": "prose': '"raw", "id": "prose'}, "at least half"),
+    ({"Why.": "<details><summary>Answer</summary>\\n\\n```python\\n1 +\\n```"}, "is not Python"),
+    ({"Why.": "Because."}, "no exercise"),
+    ({"Why.": "# The dog"}, "the clip we follow"),
 ])
 def test_anatomy_sees_a_bad_notebook(tmp_path, changes, message):
-    assert [line for line in anatomy(small_notebook(tmp_path / "bad.ipynb", **changes)) if message in line]
+    assert [line for line in anatomy(small_notebook(tmp_path / "01_bad.ipynb", **changes)) if message in line]

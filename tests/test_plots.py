@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import sys
 from xml.etree import ElementTree
 
 import matplotlib
@@ -16,7 +17,7 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dl.config import get_profile
+from dl.config import REPO, get_profile
 from dl.data import Split, load_split
 from dl.plots import (
     COLOURS,
@@ -24,6 +25,7 @@ from dl.plots import (
     PAGE,
     audio_player,
     envelope_frame,
+    figure_slider,
     gap_plane,
     planes_frame,
     plot_alignment,
@@ -32,6 +34,7 @@ from dl.plots import (
     plot_layouts,
     plot_recordings,
     plot_scene,
+    plot_start_step_clouds,
     plot_trajectory,
     points_frame,
     save_figure,
@@ -185,3 +188,45 @@ def test_plot_trajectory_names_the_nearest_caption_of_every_stop():
     words = {text.get_text(): text.get_fontweight() for text in axis.texts}
     assert words["Rain"] == "normal" and words["A dog barks"] == "bold" and max(map(len, words)) <= 66
     assert [label.get_text() for label in axis.get_yticklabels()] == ["raw", "300", "answer"] and axis.yaxis_inverted()
+
+
+def start_steps() -> tuple:
+    """What plot_start_step_clouds draws: a cloud that moves to the right, a clip in it, words."""
+    points = clouds()[0]["text"][:, :2]
+    steps = {k: {"text": points, "bridged": points + [k / 100, 0]} for k in (0, 600, 999)}
+    words = {k: [(0.9, "A dog barks"), (0.5, f"A very long caption about {k} dogs " * 9)] for k in steps}
+    return steps, {k: steps[k]["bridged"][0] for k in steps}, words, dict.fromkeys(steps, 0.5), "the dog"
+
+
+def test_plot_start_step_clouds_moves_nothing_but_the_points():
+    whole = plot_start_step_clouds(*start_steps())
+    assert [axis.get_title() for axis in whole.axes] == ["k* = 0, R@10 0.50", "k* = 600, R@10 0.50", "k* = 999, R@10 0.50"]
+    assert all(axis.get_xlabel().startswith("0.90  A dog barks\n0.50  A very long") and axis.get_xlabel().endswith("…") for axis in whole.axes)
+    for k, axis in zip((0, 600, 999), whole.axes, strict=True):
+        alone = plot_start_step_clouds(*start_steps(), only=k)
+        assert alone.axes[0].get_xlim() == axis.get_xlim() == whole.axes[0].get_xlim() and alone.axes[0].get_ylim() == axis.get_ylim()
+        assert "A dog barks" in alone.axes[1].texts[0].get_text()
+        star = axis.collections[-1].get_offsets()
+        assert np.allclose(star, start_steps()[1][k]) and len(star) == 1
+
+
+def test_slider_moves_the_picture_where_somebody_can_move_it(monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "05_cross_the_bridge.ipynb")
+    box = figure_slider(lambda k: plot_start_step_clouds(*start_steps(), only=k), (0, 600, 999), "start step k*")
+    slider, picture = box.children
+    first = bytes(picture.value)
+    slider.value = 999
+    assert first.startswith(b"\x89PNG") and bytes(picture.value).startswith(b"\x89PNG") and bytes(picture.value) != first
+    slider.value = 0
+    assert bytes(picture.value) == first and not plt.get_fignums()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_without_a_front_end_or_the_package_a_line_stands_in_for_the_slider(monkeypatch, capsys, missing):
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    if missing:
+        monkeypatch.setenv("JPY_SESSION_NAME", "05_cross_the_bridge.ipynb")
+        monkeypatch.setitem(sys.modules, "ipywidgets", None)                     # import ipywidgets raises ImportError
+    pin = next(line for line in (REPO / "requirements.lock").read_text().splitlines() if line.startswith("ipywidgets=="))
+    assert figure_slider(lambda k: pytest.fail("a figure was drawn for nobody"), (0, 600), "start step k*") is None
+    assert pin in (line := capsys.readouterr().out) and line.count("\n") == 1

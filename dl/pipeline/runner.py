@@ -224,6 +224,7 @@ def _run_locked(run: Run, stages: list[Stage], force: bool, began: float, done: 
         raise StageError("there is no home folder, where Jupyter and the language model keep files: set HOME to a folder that can be written") from None
     if run.profile.encoder == "mini":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")      # everything it needs is installed: nothing may wait for a network
+    os.environ.pop("JPY_SESSION_NAME", None)              # started from a notebook: its front end is not the stages'
     handlers = {number: signal.signal(number, stop_kernels) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     stage = stages[0]
     try:

@@ -1,4 +1,4 @@
-"""Figures and sound players: one function a figure; ``style`` is what they share."""
+"""Figures, a slider over them, sound players: one function a figure; ``style`` is what they share."""
 from dl.plots.captions import label_gains, plot_caption_scores, plot_gains, plot_label_gains, plot_losses
 from dl.plots.comparison import plot_systems, plot_trade_off
 from dl.plots.data import (
@@ -20,18 +20,21 @@ from dl.plots.gap import (
     plot_paths,
     plot_planes,
     plot_schedule,
+    plot_start_step_clouds,
     plot_start_steps,
     plot_training,
     plot_trajectory,
 )
 from dl.plots.generative import plot_consensus, plot_few_pairs, plot_pareto, plot_spread
 from dl.plots.listen import audio_player, thread_clip
+from dl.plots.slider import figure_slider, live_front_end
 from dl.plots.style import COLOURS, COLUMN, GREY, MARKERS, PAGE, house_style, panels, save_figure, scatter_roles
 
 __all__ = [
-    "COLOURS", "COLUMN", "GREY", "MARKERS", "PAGE", "audio_player", "envelope_frame", "gap_plane", "house_style", "label_gains", "panels",
-    "planes_frame", "plot_alignment", "plot_caption_scores", "plot_circles", "plot_consensus", "plot_crossing", "plot_encoder_training",
-    "plot_few_pairs", "plot_gains", "plot_label_gains", "plot_layouts", "plot_losses", "plot_maps", "plot_pareto", "plot_paths", "plot_planes",
-    "plot_recordings", "plot_scene", "plot_schedule", "plot_spread", "plot_start_steps", "plot_systems", "plot_trade_off", "plot_training",
-    "plot_trajectory", "points_frame", "save_figure", "scatter_roles", "score_frame", "thread_clip",
+    "COLOURS", "COLUMN", "GREY", "MARKERS", "PAGE", "audio_player", "envelope_frame", "figure_slider", "gap_plane", "house_style",
+    "label_gains", "live_front_end", "panels", "planes_frame", "plot_alignment", "plot_caption_scores", "plot_circles", "plot_consensus",
+    "plot_crossing", "plot_encoder_training", "plot_few_pairs", "plot_gains", "plot_label_gains", "plot_layouts", "plot_losses",
+    "plot_maps", "plot_pareto", "plot_paths", "plot_planes", "plot_recordings", "plot_scene", "plot_schedule", "plot_spread",
+    "plot_start_step_clouds", "plot_start_steps", "plot_systems", "plot_trade_off", "plot_training", "plot_trajectory", "points_frame",
+    "save_figure", "scatter_roles", "score_frame", "thread_clip",
 ]

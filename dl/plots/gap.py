@@ -248,3 +248,49 @@ def plot_paths(paths: dict[str, np.ndarray], text: np.ndarray) -> Figure:
         axis.set(title=title, xlabel="coordinate 1", ylabel="coordinate 2" if axis is axes[0] else "")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
+
+
+@house_style
+def plot_start_step_clouds(clouds: dict[int, dict[str, np.ndarray]], clip: dict[int, np.ndarray], nearest: dict[int, list[tuple[float, str]]],
+                           recall: dict[int, float], name: str, only: int | None = None) -> Figure:
+    """Where answers land in the gap's plane, by start step, with one clip among them and the captions nearest to it in words.
+
+    Args:
+        clouds: k* -> role -> (n, 2), from :func:`gap_plane`; every panel spans all of them, so that nothing but the points moves.
+        clip: k* -> (2,), the answer to the clip that is followed, drawn as a star.
+        nearest: k* -> its nearest captions, (cosine, caption), the nearest first.
+        recall: k* -> R@10 of the cloud, for the panel's title: what the plane does not show.
+        name: of the clip.
+        only: draw this k* alone, large, with the words beside it (what a slider shows); None draws small multiples, words below.
+    """
+    shown = list(clouds) if only is None else [only]
+    if only is None:
+        rows, lines = -(-len(shown) // 3), max(map(len, nearest.values()))
+        figure, axes = plt.subplots(rows, 3, figsize=(PAGE, rows * (1.9 + 0.13 * lines) + 0.5), layout="constrained", sharex=True, sharey=True)
+        axes = list(axes.flat)
+    else:
+        figure, axes = panels(2, height=2.9)
+        axes[1].axis("off")
+    everything = np.concatenate([np.concatenate(list(points.values())) for points in clouds.values()] + [np.stack(list(clip.values()))])
+    low, high = everything.min(0), everything.max(0)
+    margin = 0.05 * (high - low)
+    for axis, k in zip(axes, shown, strict=False):
+        scatter_roles(axis, clouds[k], size=4 if only is None else 8)
+        axis.scatter(*clip[k], s=90, marker="*", color="white", edgecolor="black", linewidth=0.9, zorder=5, label=name)
+        for position in (0, 1):
+            axis.axvline(position, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
+        axis.set(title=f"k* = {k}, R@10 {recall[k]:.2f}", xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+        words = [f"{cosine:.2f}  {textwrap.shorten(caption, 38 if only is None else 52, placeholder=' …')}" for cosine, caption in nearest[k]]
+        if only is None:
+            axis.set_xlabel("\n".join(words), fontsize=6, loc="left")
+            axis.tick_params(labelbottom=True)
+        else:
+            axes[1].text(0, 0.9, "\n".join(["cosine, and nearest caption of train:", "", *words]), va="top", linespacing=1.6)
+    for axis in axes[len(shown):]:
+        axis.axis("off")
+    for axis in axes[:len(shown):3]:
+        axis.set_ylabel("first component of captions\nat a right angle to the gap", fontsize=7)
+    below = f"\nbelow each panel: the captions of train nearest to the answer for {name}, with their cosines"
+    figure.supxlabel("share of the gap crossed (0: mean sound, 1: mean caption, of train)" + (below if only is None else ""), fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(clouds[shown[0]]) + 1, markerscale=1.2)
+    return figure
