@@ -88,7 +88,7 @@ def nearest_captions(vectors: ArrayLike, gallery: ArrayLike, captions: list[str]
 
     Args:
         vectors: (q, D) unit norm.
-        gallery: (m, D) unit norm, the vectors of ``captions``.
+        gallery: (m, D) unit norm, the vectors of ``captions``; equal wordings have equal vectors.
 
     Returns:
         q lists of (caption, cosine).
@@ -96,9 +96,11 @@ def nearest_captions(vectors: ArrayLike, gallery: ArrayLike, captions: list[str]
     Example:
         >>> nearest_captions(bridge(audio_emb), train.text, train.captions)[0][0]
     """
-    unique = {caption: row for row, caption in reversed(list(enumerate(captions)))}
-    wordings = list(unique)
-    cosine = as_array(vectors) @ as_array(gallery)[list(unique.values())].T
+    first: dict[str, int] = {}
+    for row, caption in enumerate(captions):
+        first.setdefault(caption, row)
+    wordings = list(first)
+    cosine = as_array(vectors) @ as_array(gallery)[list(first.values())].T
     return [[(wordings[column], float(row[column])) for column in columns] for row, columns in zip(cosine, top_k(cosine, k), strict=True)]
 
 

@@ -94,7 +94,9 @@ def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np
     for position in (0, 1):
         axis.axvline(position, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
     axis.set(xlabel="share of the gap crossed (0: mean sound, 1: mean caption, of train)", ylabel="first component of captions\nat a right angle")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    legend = figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    for handle in legend.legend_handles[:2]:
+        handle.set(sizes=[20], alpha=1)
     return figure, pd.DataFrame([(role, *xy) for role, rows in plane.items() for xy in rows], columns=["role", "x", "y"])
 
 
