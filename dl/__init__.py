@@ -18,6 +18,7 @@ The package in reading order, each module importing only what stands above it:
 * ``captioning``   what Table 2 runs: decoders, captions of every system, scores on test
 * ``studies/``     beyond the paper's tables: ablations (notebook 09), and what only a generative model can do (A3)
 * ``plots/``       one function per figure
+* ``demo``         ``python -m dl demo``: notebook 11 as a page on 127.0.0.1
 * ``pipeline/``    stages, stamps, ``python -m dl check``, and the long jobs in several processes
 
 The public names below load their module when first used, so that ``import dl`` costs nothing.

@@ -1,4 +1,4 @@
-"""``python -m dl`` with check, caption, run (what ``./run_all.sh`` calls), embed and fit (for ``accelerate launch``), readme."""
+"""``python -m dl`` with check, caption, demo, run (what ``./run_all.sh`` calls), embed and fit (for ``accelerate launch``), readme."""
 from __future__ import annotations
 
 import argparse
@@ -11,7 +11,7 @@ from dl.config import PROFILES, get_profile
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m dl", description="Diffusion-Link, replicated.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,run,embed,fit,readme}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,demo,run,embed,fit,readme}")
 
     check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
     check.add_argument("--profile", choices=PROFILES, default="mini")
@@ -22,6 +22,10 @@ def parser() -> argparse.ArgumentParser:
     caption.add_argument("--no-bridge", action="store_true", help="feed the raw audio vectors to the captioner, to hear what the bridge does")
     caption.add_argument("--json", action="store_true", help="one JSON list: file, start_s, end_s, caption; file, error")
     caption.add_argument("--profile", choices=PROFILES, default="mini", help="whose checkpoints are used")
+
+    demo = commands.add_parser("demo", help="a page on 127.0.0.1: drop a sound, see and hear it, read its captions (pip install -e \".[demo]\")")
+    demo.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
+    demo.add_argument("--profile", choices=PROFILES, default="mini", help="whose checkpoints are used")
 
     run = commands.add_parser("run", prog="./run_all.sh", help="run the notebooks that are not up to date",
                               description="Run every notebook that is not up to date. Also: ./run_all.sh test [--slow] runs the tests, "
@@ -80,6 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
         from dl.captioner.files import caption_files
 
         return caption_files(options.files, profile, not options.no_bridge, options.json)
+
+    if options.command == "demo":
+        from dl.demo import serve
+
+        return serve(profile, options.port)
 
     if options.command in ("embed", "fit"):
         from dl.pipeline.parallel import embed, fit

@@ -1,6 +1,7 @@
 """One source of truth for versions, and the ways into the environment."""
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 
 import pytest
 import yaml
@@ -67,6 +68,15 @@ def test_the_lock_is_complete():
               for need in map(Requirement, distribution(name).requires or [])
               if applies(need) and canonicalize_name(need.name) not in LOCK and not (name == "torch" and need.name.startswith(("nvidia", "cuda", "triton")))}
     assert not absent
+
+
+def test_an_optional_extra_is_pinned_and_fits_the_lock():
+    """Whoever adds ``.[demo]`` keeps every locked version; looked at where the extra is installed."""
+    for pin in (Requirement(text) for extra in PYPROJECT["project"]["optional-dependencies"].values() for text in extra):
+        assert exact(pin) and canonicalize_name(pin.name) not in LOCK
+        with contextlib.suppress(PackageNotFoundError):
+            wants = [need for need in map(Requirement, distribution(pin.name).requires or []) if applies(need) and canonicalize_name(need.name) in LOCK]
+            assert not [str(need) for need in wants if not need.specifier.contains(exact(LOCK[canonicalize_name(need.name)]))]
 
 
 def test_no_test_can_reach_a_hub():

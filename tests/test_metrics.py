@@ -14,7 +14,7 @@ from dl.encoder.clap import Embeddings
 from dl.metrics import gap as metrics
 from dl.metrics.bootstrap import make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
 from dl.metrics.gap import Reference, gap_functions, gap_metrics, median_bandwidth
-from dl.metrics.neighbours import ranking_scores, retrieval, top_k, weight_rows
+from dl.metrics.neighbours import nearest_captions, ranking_scores, retrieval, top_k, weight_rows
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -202,6 +202,14 @@ def test_top_k_breaks_ties_by_column():
     similarity = rng.integers(0, 4, (50, 30)).astype(float)
     assert np.array_equal(top_k(similarity, 7), np.argsort(-similarity, axis=1, kind="stable")[:, :7])
     assert top_k(np.zeros((2, 3)), 10).tolist() == [[0, 1, 2]] * 2
+
+
+def test_nearest_captions_come_nearest_first_and_each_wording_once():
+    gallery = unit(np.array([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]]))
+    near, up = nearest_captions(np.array([[1.0, 0.0], [0.0, 1.0]]), gallery, ["rain", "wind", "rain", "bird", "dog"], k=3)
+    assert near == [("rain", 1.0), ("wind", pytest.approx(0.5**0.5)), ("bird", 0.0)]
+    assert [caption for caption, _ in up] == ["bird", "wind", "rain"]
+    assert len(nearest_captions(torch.eye(2)[:1], torch.from_numpy(gallery), ["a", "b", "c", "d", "e"], k=9)[0]) == 5
 
 
 def test_retrieval_hits_any_own_caption_in_both_directions():

@@ -32,10 +32,12 @@ from dl.plots import (
     plot_circles,
     plot_crossing,
     plot_layouts,
+    plot_place,
     plot_recordings,
     plot_scene,
     plot_start_step_clouds,
     plot_trajectory,
+    plot_waveform,
     points_frame,
     save_figure,
     thread_clip,
@@ -230,3 +232,24 @@ def test_without_a_front_end_or_the_package_a_line_stands_in_for_the_slider(monk
     pin = next(line for line in (REPO / "requirements.lock").read_text().splitlines() if line.startswith("ipywidgets=="))
     assert figure_slider(lambda k: pytest.fail("a figure was drawn for nobody"), (0, 600), "start step k*") is None
     assert pin in (line := capsys.readouterr().out) and line.count("\n") == 1
+
+
+def test_plot_waveform_spans_the_sound_and_its_peaks():
+    sound = np.zeros(48_000, np.float32)
+    sound[24_000], sound[36_000] = 0.5, -0.25
+    axis = plot_waveform(sound, 48_000).axes[0]
+    low, high = axis.collections[0].get_paths()[0].get_extents().get_points()
+    assert axis.get_xlim() == (0, 1) and axis.get_ylim() == (-1, 1) and (low[1], high[1]) == (-0.25, 0.5)
+
+
+def test_plot_place_draws_each_clip_from_raw_to_bridged_on_the_map_of_train():
+    points, _ = clouds()
+    mean = points["text"].mean(0)
+    raw, bridged = points["audio"][:2], points["bridged"][:2]
+    figure, data = plot_place(points["audio"], points["text"], raw, bridged, points=20)
+    arrows = next(part for part in figure.axes[0].collections if isinstance(part, matplotlib.quiver.Quiver))
+    by_role = {role: rows[["x", "y"]].to_numpy() for role, rows in data.groupby("role")}
+    assert {role: len(xy) for role, xy in by_role.items()} == {"audio": 20, "text": 20, "raw": 2, "bridged": 2}
+    assert np.allclose(arrows.XY, by_role["raw"]) and np.allclose(np.stack([arrows.U, arrows.V], 1), by_role["bridged"] - by_role["raw"])
+    wanted = gap_plane({"text": points["text"][::2], "raw": raw}, points["audio"].mean(0), mean)["raw"]
+    assert np.allclose(by_role["raw"], wanted) and by_role["raw"][:, 0] == pytest.approx(0, abs=0.2) and by_role["bridged"][:, 0] == pytest.approx(1, abs=0.2)

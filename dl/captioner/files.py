@@ -70,16 +70,11 @@ def read_windows(path: str | Path) -> Iterator[Window]:
         raise AudioError(f"{path}: silent (peak below -100 dBFS); choose another file")
 
 
-def load_captions(profile: Profile, bridge: bool = True) -> Captions:
-    """Load the profile's encoder, bridge and captioner.
+def load_models(profile: Profile, bridge: bool = True) -> tuple[ClapEncoder, DiffusionLink | None, LLMCaptioner]:
+    """Load the profile's encoder, bridge (None where it is not wanted) and captioner.
 
     Args:
         profile: its ``results_dir/checkpoints`` holds ``bridge`` and ``captioner``.
-        bridge: False feeds the raw audio vectors to the captioner.
-
-    Returns:
-        a function: list of waveforms (samples,) float32 at 48 kHz -> list of captions. The bridge's noise starts from seed 0 at
-        every call, so that a file has the same captions whatever stands beside it.
 
     Raises:
         MissingWeights: a checkpoint is absent, or was made for another encoder.
@@ -99,12 +94,32 @@ def load_captions(profile: Profile, bridge: bool = True) -> Captions:
         if width != encoder.embed_dim:
             raise MissingWeights(f"the {name} of profile {profile.name} takes vectors of {width} numbers, the encoder {profile.encoder} gives "
                                  f"{encoder.embed_dim}: make it anew with {remedies[name]}")
+    return encoder, link, captioner
+
+
+def bridged(link: DiffusionLink, audio_emb: torch.Tensor) -> torch.Tensor:
+    """(B, D) -> (B, D) through the bridge, whose noise starts from seed 0 at every call: a file has the same captions whatever stands beside it."""
+    return link(audio_emb, generator=torch.Generator().manual_seed(0))
+
+
+def load_captions(profile: Profile, bridge: bool = True) -> Captions:
+    """Load the profile's encoder, bridge and captioner.
+
+    Args:
+        profile: its ``results_dir/checkpoints`` holds ``bridge`` and ``captioner``.
+        bridge: False feeds the raw audio vectors to the captioner.
+
+    Returns:
+        a function: list of waveforms (samples,) float32 at 48 kHz -> list of captions.
+
+    Raises:
+        MissingWeights: see :func:`load_models`.
+    """
+    encoder, link, captioner = load_models(profile, bridge)
 
     def captions(waveforms: list[np.ndarray]) -> list[str]:
         vectors = encoder.embed_audio(waveforms)                                     # (B, D)
-        if link is not None:
-            vectors = link(vectors, generator=torch.Generator().manual_seed(0))      # (B, D)
-        return captioner.generate(vectors)
+        return captioner.generate(vectors if link is None else bridged(link, vectors))
 
     return captions
 

@@ -83,6 +83,27 @@ def top_k(similarity: NDArray, k: int) -> NDArray:
     return top
 
 
+def nearest_captions(vectors: ArrayLike, gallery: ArrayLike, captions: list[str], k: int = 5) -> list[list[tuple[str, float]]]:
+    """The k wordings nearest to each vector, nearest first, each wording once.
+
+    Args:
+        vectors: (q, D) unit norm.
+        gallery: (m, D) unit norm, the vectors of ``captions``; equal wordings have equal vectors.
+
+    Returns:
+        q lists of (caption, cosine).
+
+    Example:
+        >>> nearest_captions(bridge(audio_emb), train.text, train.captions)[0][0]
+    """
+    first: dict[str, int] = {}
+    for row, caption in enumerate(captions):
+        first.setdefault(caption, row)
+    wordings = list(first)
+    cosine = as_array(vectors) @ as_array(gallery)[list(first.values())].T
+    return [[(wordings[column], float(row[column])) for column in columns] for row, columns in zip(cosine, top_k(cosine, k), strict=True)]
+
+
 def ranking_scores(ranking: NDArray, relevant: NDArray) -> dict[str, NDArray]:
     """R@1/5/10 (1 if any relevant item is among the first k: AudioCaps' rule) and AP@10 of each query.
 

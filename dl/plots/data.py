@@ -88,6 +88,23 @@ def envelope_frame(tracks: dict[str, np.ndarray], mix: np.ndarray, sampling_rate
     return pd.DataFrame({"time_s": np.arange(len(mix) // hop) / 100, **peaks})
 
 
+@house_style
+def plot_waveform(sound: np.ndarray, sampling_rate: int) -> Figure:
+    """A sound's waveform: the smallest and the largest sample of every few milliseconds (notebook 11).
+
+    Args:
+        sound: (samples,), mono, in [-1, 1].
+        sampling_rate: in Hz.
+    """
+    figure, (axis,) = panels(1, height=1.2)
+    hop = max(1, len(sound) // 2000)
+    times = np.arange(len(sound) // hop) * hop / sampling_rate
+    pieces = np.asarray(sound)[: len(times) * hop].reshape(-1, hop)
+    axis.fill_between(times, pieces.min(1), pieces.max(1), color=COLOURS["audio"], linewidth=0.4, rasterized=True)
+    axis.set(xlabel="time (s)", ylabel="amplitude", xlim=(0, len(sound) / sampling_rate), ylim=(-1, 1))
+    return figure
+
+
 # --------------------------------------------------------------------------------------------------- 02: encode audio and text
 @house_style
 def plot_alignment(cosines: pd.DataFrame, recalls: pd.DataFrame) -> Figure:

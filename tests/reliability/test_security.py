@@ -1,6 +1,7 @@
-"""What is read never becomes code: no pickle without consent, no shell, no tag out of a caption.
+"""What is read never becomes code: no pickle without consent, no shell, no tag out of a caption; nothing listens but the demo, on 127.0.0.1.
 
-That ids make no paths stands in test_bad_tables, that no port is open to a network in test_two_runs.
+That ids make no paths stands in test_bad_tables, that a running stage opens no port to a network in test_two_runs, and which port
+the demo really opens in test_demo.
 """
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from test_bad_weights import Hostile
 
+from dl import demo
 from dl.config import REPO, get_profile
 from dl.encoder.laion import convert_laion_checkpoint
 from dl.metrics.caption_runs import markdown_text
@@ -80,6 +82,39 @@ def test_the_code_calls_nothing_dangerous():
 def test_the_search_sees_it(source):
     assert dangers(source)
     assert not dangers("model.eval(); subprocess.run(['ls']); torch.load(p, weights_only=True); re.compile('x'); np.load(p)")
+
+
+# --------------------------------------------------------------------------------------------------------------- what listens
+SERVERS = {"launch", "serve_forever", "create_server", "start_server", "bind", "listen", "HTTPServer", "ThreadingHTTPServer"}
+SERVER_PACKAGES = {"gradio", "uvicorn", "fastapi", "starlette", "flask", "aiohttp", "socketserver", "http.server", "socket"}
+
+
+def listeners(source: str) -> list[tuple[str, dict[str, str]]]:
+    """What of a piece of Python could listen: (call, its keywords as written), and ("import", {package: ""})."""
+    found = []
+    for node in ast.walk(ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE))):
+        if isinstance(node, ast.Call) and dotted(node.func).rpartition(".")[2] in SERVERS:
+            found.append((dotted(node.func).rpartition(".")[2], {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}))
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found += [("import", {name: ""}) for name in names if SERVER_PACKAGES & {name, name.split(".")[0]}]
+    return found
+
+
+def test_only_the_demo_listens_and_on_this_machine_alone(ledger):
+    """One call of one module, when asked for by ``python -m dl demo``: on 127.0.0.1, neither shared nor seen by a tunnel."""
+    with ledger.attempt("bad input", "open port"):
+        found = {name: calls for name, source in sources().items() if (calls := listeners(source))}
+        assert list(found) == ["dl/demo.py"]
+        (_, package), (call, how) = sorted(found["dl/demo.py"])
+        assert list(package) == ["gradio"] and call == "launch" and demo.HOST == "127.0.0.1"
+        assert how["server_name"] == "HOST" and {how[name] for name in ("share", "pwa", "mcp_server", "enable_monitoring", "ssr_mode")} == {"False"}
+        assert how["max_file_size"] == "LARGEST_MB * 2 ** 20" and demo.LARGEST_MB <= 100
+        assert "GRADIO_ANALYTICS_ENABLED': 'False'" in ast.unparse(ast.parse(sources()["dl/demo.py"]))
+
+
+@pytest.mark.parametrize("source", ["app.launch(share=True)", "import socket", "from http.server import HTTPServer", "import gradio as g", "s.bind(('', 80))"])
+def test_the_search_for_servers_sees_it(source):
+    assert listeners(source) and not listeners("import html\nplot.show()")
 
 
 # ------------------------------------------------------------------------------------------------------------------- pickles
