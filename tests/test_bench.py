@@ -119,7 +119,7 @@ def test_one_failure_costs_one_row(recorder, tmp_path):
 
 
 def test_a_measurement_that_hangs_is_given_up(recorder, tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder, "LIMIT", 0.1)
+    monkeypatch.setattr(recorder.Recorder, "limit", 0.1)
     bench = recorder.Recorder(tmp_path / "rows.csv", 60, torch.device("cpu"))
     bench.attempt(lambda: time.sleep(30), "part", "speed")
     assert bench.rows[0]["reason"].startswith("OutOfTime")
