@@ -4,13 +4,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from dl.plots.style import COLOURS, GREY, PAGE, house_style, panels
 
 AXES = {"clips": "clips", "D": "embedding dimension D", "steps": "sampler steps n"}
-LINES = ((COLOURS["bridged"], "^"), (COLOURS["text"], "s"), (COLOURS["audio"], "o"), (GREY, "D"))
-BRIDGE = "bridge"
+LINES = ((COLOURS["bridged"], "^"), (GREY, "D"), (COLOURS["audio"], "o"), (COLOURS["text"], "s"))    # of a panel's curves, in their order
 
 
 def growth_exponent(size: pd.Series, seconds: pd.Series) -> float:
@@ -18,29 +17,32 @@ def growth_exponent(size: pd.Series, seconds: pd.Series) -> float:
     return float(np.polyfit(np.log(size.astype(float)), np.log(seconds.astype(float)), 1)[0])
 
 
+def growth_data(table: pd.DataFrame) -> pd.DataFrame | None:
+    """The measured points of section growth of ``bench.csv``: over, name, size, seconds, exponent of the curve; None where there are none."""
+    rows = table[(table.section == "growth") & (table.status == "ok")]
+    if rows.empty:
+        return None
+    data = pd.DataFrame({"over": rows.over, "name": rows.name, "size": pd.to_numeric(rows["size"]), "seconds": pd.to_numeric(rows.ours)})
+    exponent = {name: growth_exponent(curve["size"], curve.seconds) if len(curve) > 1 else np.nan for name, curve in data.groupby("name")}
+    return data.assign(exponent=data.name.map(exponent)).reset_index(drop=True)
+
+
 @house_style
-def plot_growth(table: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
-    """Seconds over clips, D and steps on logarithmic axes, a panel each; the legend gives each curve's exponent.
+def plot_growth(data: pd.DataFrame) -> Figure:
+    """Seconds over clips, D and steps on logarithmic axes, a panel each; the legend gives each curve's exponent b.
 
     Args:
-        table: rows of ``bench.csv``; those of section growth that were measured are drawn.
-
-    Returns:
-        The figure, and the data behind it: over, name, size, seconds, exponent.
+        data: from :func:`growth_data`.
     """
-    rows = table[(table.section == "growth") & (table.status == "ok")]
-    data = pd.DataFrame({"over": rows.over, "name": rows.name, "size": pd.to_numeric(rows["size"]), "seconds": pd.to_numeric(rows.ours)})
-    curves = data.groupby(["over", "name"], sort=False)
-    data["exponent"] = curves["size"].transform(lambda size: growth_exponent(size, data.seconds[size.index]) if len(size) > 1 else np.nan)
-    figure, axes = panels(3, width=PAGE, height=2.9)
+    figure, axes = panels(3, width=PAGE, height=3.4, sharey=True)
     for axis, (over, label) in zip(axes, AXES.items(), strict=True):
-        for (name, curve), (colour, marker) in zip(data[data.over == over].groupby("name", sort=False), LINES, strict=False):
-            axis.plot(curve["size"], curve.seconds, color=colour, marker=marker, label=f"{name}: {curve.exponent.iloc[0]:.2f}")
+        drawn = data[data.over == over]
+        for (name, curve), (colour, marker) in zip(drawn.groupby("name", sort=False), LINES, strict=False):
+            axis.plot(curve["size"], curve.seconds, color=colour, marker=marker, label=f"{name}\nb = {curve.exponent.iloc[0]:.2f}")
         axis.set(xscale="log", yscale="log", xlabel=label, ylabel="seconds" if axis is axes[0] else "")
-        ticks = sorted(set(data["size"][data.over == over])) if over != "clips" else [1, 10, 100, 1000, 10_000]
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xticks(ticks)
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), title="exponent")
-    return figure, data.reset_index(drop=True)
+        if over != "clips":
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.set_xticks(sorted(set(drawn["size"]))[::2])
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0, handlelength=1.2)
+    return figure

@@ -120,7 +120,7 @@ def bridge_inference(bench: Ratios, sizes: Sizes) -> None:
         with torch.no_grad():
             expected = nn.functional.normalize(peer.network(noised, torch.tensor(50)), dim=-1)
         same = check_equal(link(audio, 50, 1, add_noise=False), expected, 1e-6, "one step and the network asked once")
-        pairs = [(per_1000 * ours, per_1000 * theirs) for ours, theirs in in_turn(one_step, lambda: peer(audio), sizes.repeats, seconds=30)]
+        pairs = [(per_1000 * ours, per_1000 * theirs) for ours, theirs in in_turn(one_step, lambda: peer(audio), sizes.repeats, seconds=30)[0]]
         bench.compare("bridge_inference", "one step, against five with our network", pairs, SAMPLER_GOAL, "per 1,000 vectors; Diffusion Bridge's sampler "
                       f"(k* = 600, renormalised before each call), our network in both; {same}", profile=lambda: torch_profile(one_step))
 
@@ -133,9 +133,9 @@ def bridge_inference(bench: Ratios, sizes: Sizes) -> None:
                 parameter.uniform_(-0.02, 0.02)
         own, peer.network, few = peer.network, network, audio[: sizes.unet_vectors]
         try:
-            answer = peer(few)
+            pairs, _, answer = in_turn(one_step, lambda: peer(few), 3, warmup=0)
             assert answer.shape == few.shape and torch.isfinite(answer).all()
-            pairs = [(per_1000 * ours, theirs * 1000 / len(few)) for ours, theirs in in_turn(one_step, lambda: peer(few), 3, warmup=0)]
+            pairs = [(per_1000 * ours, theirs * 1000 / len(few)) for ours, theirs in pairs]
         finally:
             peer.network = own
         bench.compare("bridge_inference", "one step, against five with a 1-D U-Net", pairs, UNET_GOAL, f"per 1,000 vectors, the U-Net's from {len(few)} at a time; "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from recorder import Recorder, installed, synchronize
+from recorder import Recorder, installed
 from scipy.stats import binom
 
 from dl.results import atomic_write, csv_text
@@ -52,12 +52,15 @@ def at_least(bound: float) -> Goal:
     return Goal(bound, faster=True)
 
 
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 1, seconds: float = 60.0) -> Pairs:
+def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 1, seconds: float = 60.0) -> tuple[Pairs, object, object]:
     """Seconds of ours and theirs, called in turn: ours, theirs, ours, theirs, ...
 
     Args:
         repeats: pairs; fewer, but at least three, once ``seconds`` have gone by.
         warmup: calls of each before the first pair.
+
+    Returns:
+        (the pairs, what ours answered last, what theirs answered last), so that what was timed can be compared.
     """
     for _ in range(warmup):
         ours()
@@ -65,16 +68,18 @@ def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: i
     pairs: Pairs = []
     end = time.perf_counter() + seconds
     while len(pairs) < repeats and (len(pairs) < 3 or time.perf_counter() < end):
-        pairs.append((seconds_of(ours), seconds_of(theirs)))
-    return pairs
+        began = time.perf_counter()
+        found = ours()
+        middle = time.perf_counter()
+        wanted = theirs()
+        pairs.append((middle - began, time.perf_counter() - middle))
+    return pairs, found, wanted
 
 
-def seconds_of(run: Callable[[], object], device: torch.device | None = None) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
     """Seconds of one call, by the host's clock."""
     began = time.perf_counter()
     run()
-    if device is not None:
-        synchronize(device)
     return time.perf_counter() - began
 
 
