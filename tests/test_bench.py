@@ -1,7 +1,8 @@
-"""The GPU benchmark runs through at a tiny size, without the packages that only sound, scores and notebooks need."""
+"""The benchmarks run through at a tiny size: the GPU's without the packages that only sound, scores and notebooks need, the ratios' but for two parts."""
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
 import math
 import os
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -119,7 +122,7 @@ def test_one_failure_costs_one_row(recorder, tmp_path):
 
 
 def test_a_measurement_that_hangs_is_given_up(recorder, tmp_path, monkeypatch):
-    monkeypatch.setattr(recorder, "LIMIT", 0.1)
+    monkeypatch.setattr(recorder.Recorder, "limit", 0.1)
     bench = recorder.Recorder(tmp_path / "rows.csv", 60, torch.device("cpu"))
     bench.attempt(lambda: time.sleep(30), "part", "speed")
     assert bench.rows[0]["reason"].startswith("OutOfTime")
@@ -136,3 +139,127 @@ def test_the_sizes_are_those_of_llama_2_7b_and_of_the_bridge(bench):
     flop = sum(m * k * n for m, k, n in bench.bridge_products(bench.BRIDGE, 512))
     inputs = 2 * 1024 * 512                                  # two layers read data, which needs no gradient
     assert flop == 1024 * (3 * weights - inputs) + 8 * 512 * 512 * 512
+
+
+# ----------------------------------------------------------------------------------------------------------------- ratios
+@pytest.fixture(scope="module")
+def ratios(bench):
+    """The modules beside ``bench_gpu.py``, by name (its fixture has put their folder on the path)."""
+    return {name: importlib.import_module(name) for name in ("ratios", "bridge_ratios", "caption_ratios", "trainer_ratios", "growth", "unet1d")}
+
+
+@pytest.fixture
+def rows_of(ratios, tmp_path):
+    """What a section writes into bench.csv."""
+    def measure(section: str, part: str, sizes) -> list[dict[str, str]]:
+        bench = ratios["ratios"].Ratios(tmp_path / "bench.csv", 600, (section,), (section,))
+        getattr(ratios[part], section)(bench, sizes)
+        rows = list(csv.DictReader((tmp_path / "bench.csv").read_text().splitlines()))
+        assert [row["reason"] for row in rows if row["status"] != "ok"] == [] and tuple(rows[0]) == ratios["ratios"].COLUMNS
+        return rows
+
+    return measure
+
+
+def check_row(row: dict[str, str], faster: bool) -> None:
+    """A comparison's numbers fit each other."""
+    low, ratio, high = (float(row[name]) for name in ("ratio_low", "ratio", "ratio_high"))
+    assert float(row["ours"]) > 0 and float(row["theirs"]) > 0 and float(row["ratio_min"]) <= low <= ratio <= high <= float(row["ratio_max"])
+    assert row["goal"].startswith("theirs / ours >=" if faster else "ours / theirs <=") and int(row["repeats"]) >= 3 and row["versions"].startswith("torch ")
+    assert (row["profile"] == "") == (row["met"] == "yes") or not row["profile"]
+
+
+def test_the_bridge_is_compared_with_its_products_and_with_the_unet(rows_of, ratios):
+    row, = rows_of("bridge_training", "bridge_ratios", ratios["bridge_ratios"].TINY)
+    check_row(row, faster=False)
+    assert row["met"] == "yes" or "mm" in row["profile"]
+    own, unet = rows_of("bridge_inference", "bridge_ratios", ratios["bridge_ratios"].TINY)
+    check_row(own, faster=True)
+    check_row(unet, faster=True)
+    assert "equal to" in own["reason"] and "parameters" in unet["reason"]
+
+
+def test_a_gpu_s_row_is_copied_where_there_is_none(rows_of, ratios, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    row, = rows_of("bridge_training_gpu", "bridge_ratios", ratios["bridge_ratios"].Sizes())
+    value = {(row["section"], row["name"]): float(row["value"] or "nan") for row in reversed(read(REPO / "results"))}
+    assert [float(row[name]) for name in ("ours", "theirs")] == [value["bridge_train", name] for name in ("step_time", "products_time")]
+    assert "bench_gpu.csv" in row["reason"]
+
+
+def test_captions_of_a_batch_are_those_of_one_by_one(rows_of, ratios):
+    row, = rows_of("captioning", "caption_ratios", ratios["caption_ratios"].TINY)
+    check_row(row, faster=True)
+    assert "6 of 6 captions are the same" in row["reason"]
+
+
+def test_both_trainers_take_the_same_steps(rows_of, ratios):
+    row, = rows_of("captioner_training", "trainer_ratios", ratios["trainer_ratios"].TINY)
+    check_row(row, faster=False)
+    assert "losses of 4 steps equal" in row["reason"]
+
+
+def test_other_data_would_be_seen_in_the_losses(ratios):
+    trainer = ratios["trainer_ratios"]
+    captioner, vectors, captions = trainer.captioner_and_data(trainer.TINY)
+    start = {name: value.clone() for name, value in captioner.trainable_state().items()}
+    ours = trainer.ours(captioner, vectors, captions)[1]
+    captioner.load_trainable_state(start)
+    theirs = trainer.theirs(captioner, vectors.flip(0), captions)[1]
+    with pytest.raises(AssertionError, match="losses: ours and theirs differ"):
+        ratios["ratios"].check_equal(torch.tensor(ours), torch.tensor(theirs), 1e-3, "losses")
+
+
+def test_growth_is_measured_and_drawn(rows_of, ratios, tmp_path):
+    import pandas as pd
+
+    from dl.plots.bench import growth_data, plot_growth
+
+    rows_of("growth", "growth", ratios["growth"].TINY)
+    data = growth_data(pd.read_csv(tmp_path / "bench.csv", dtype=str, keep_default_na=False))
+    assert set(data.over) == {"clips", "D", "steps"} and (data.seconds > 0).all() and data.exponent.notna().all()
+    assert len(plot_growth(data).axes) == 3
+
+
+@pytest.mark.parametrize(("goal", "low", "high", "met"), [
+    ("at_most", 1.2, 1.4, "yes"), ("at_most", 1.4, 1.6, "within noise"), ("at_most", 1.6, 2.0, "no"),
+    ("at_least", 1.6, 2.0, "yes"), ("at_least", 1.4, 1.6, "within noise"), ("at_least", 1.2, 1.4, "no")])
+def test_a_goal_is_met_only_beyond_the_noise(ratios, goal, low, high, met):
+    goal = getattr(ratios["ratios"], goal)(1.5)
+    assert goal.met(low, high) == met and goal.ratio(2.0, 6.0) == (3.0 if goal.faster else pytest.approx(1 / 3))
+
+
+def test_the_interval_of_a_median_covers_it_as_often_as_it_says(ratios):
+    generator = torch.Generator().manual_seed(0)
+    for count, wanted in ((5, 0.93), (12, 0.95), (40, 0.95)):
+        samples = torch.rand(1000, count, generator=generator).tolist()
+        inside = [low <= 0.5 <= high for low, high in map(ratios["ratios"].median_interval, samples)]
+        assert wanted - 0.02 < sum(inside) / 1000
+
+
+def test_sections_that_are_not_measured_again_stay(ratios, tmp_path):
+    for name, only in (("first", ("a", "b")), ("second", ("b",))):
+        bench = ratios["ratios"].Ratios(tmp_path / "bench.csv", 60, ("a", "b"), only)
+        for section in only:
+            bench.compare(section, name, [(1.0, 4.0), (1.0, 5.0), (1.0, 6.0)], ratios["ratios"].at_least(2))
+    rows = list(csv.DictReader((tmp_path / "bench.csv").read_text().splitlines()))
+    assert [(row["section"], row["name"], row["ratio"], row["met"]) for row in rows] == [("a", "first", "5", "yes"), ("b", "second", "5", "yes")]
+
+
+def test_the_unet_has_its_published_size(ratios):
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in ratios["unet1d"].Unet1D().parameters()) == 875_973_633     # the package's Unet1D(512, 32, channels=1)
+
+
+def test_the_unet_is_the_package_s_where_that_is_installed(ratios):
+    found = importlib.util.find_spec("denoising_diffusion_pytorch")
+    if found is None:
+        pytest.skip("denoising-diffusion-pytorch is not among the pins: pip install --no-deps denoising-diffusion-pytorch einops")
+    package, ema = ModuleType("denoising_diffusion_pytorch"), ModuleType("ema_pytorch")
+    package.__path__, ema.EMA = list(found.submodule_search_locations), None         # its own __init__ wants torchvision
+    with mock.patch.dict(sys.modules, {"denoising_diffusion_pytorch": package, "ema_pytorch": ema}):
+        module = importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch_1d")
+    theirs, ours = module.Unet1D(dim=16, init_dim=8, channels=1), ratios["unet1d"].Unet1D(64, 16, 8)
+    ours.load_state_dict(theirs.state_dict())
+    x, k = torch.randn(3, 64), torch.tensor([5, 100, 999])
+    assert torch.allclose(ours(x, k), theirs(x[:, None], k)[:, 0], atol=1e-5)

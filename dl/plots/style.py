@@ -76,7 +76,11 @@ def save_figure(profile: Profile, figure: Figure, name: str, data: pd.DataFrame)
     Returns:
         The path of the PNG (160 dots an inch).
     """
-    folder = profile.results_dir / "figures"
+    return write_figure(profile.results_dir / "figures", figure, name, data)
+
+
+def write_figure(folder: Path, figure: Figure, name: str, data: pd.DataFrame) -> Path:
+    """:func:`save_figure` for a figure that belongs to no profile: the same four files in ``folder``."""
     for suffix, metadata in FORMATS.items():
         file = io.BytesIO()
         with style():

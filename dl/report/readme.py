@@ -9,6 +9,7 @@ import pandas as pd
 
 from dl.config import REPO, get_profile
 from dl.report.answer import answer
+from dl.report.bench import bench_table
 from dl.report.deviations import deviations_table
 from dl.report.gpu import gpu_table
 from dl.results import atomic_write, markdown_table
@@ -82,7 +83,7 @@ def timing_table(results: Path) -> str:
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "headline": answer, "deviations": lambda results: deviations_table(), "gap": gap_table, "captions": captions_table, "claims": claims_table, "encoder": encoder_table, "timing": timing_table,
-    "gpu": gpu_table,
+    "gpu": gpu_table, "bench": bench_table,
 }
 
 

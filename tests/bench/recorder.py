@@ -35,11 +35,14 @@ class Recorder:
         device: where the measurements run.
     """
 
+    columns = COLUMNS
+    limit = LIMIT
+
     def __init__(self, path: Path, budget_seconds: float, device: torch.device) -> None:
         self.path, self.device = path, device
         self.rows: list[dict] = []
         self.end = time.monotonic() + budget_seconds
-        self.about = {"card": device_name() if device.type == "cuda" else "cpu", **{name: _version(name) for name in LIBRARIES}}
+        self.about = {"card": device_name() if device.type == "cuda" else "cpu", **{name: installed(name) for name in LIBRARIES}}
 
     def record(self, section: str, name: str, unit: str, values: float | list[float], reason: str = "", **where: object) -> None:
         """One row: the median of ``values``, with their least and greatest.
@@ -63,7 +66,7 @@ class Recorder:
 
     def attempt(self, measure: Callable[[], None], section: str, name: str, **where: object) -> None:
         """Call ``measure``, which records rows; whatever stops it becomes one row, and the benchmark goes on."""
-        left = min(LIMIT, self.end - time.monotonic())
+        left = min(self.limit, self.end - time.monotonic())
         if left <= 0:
             self.not_measured(section, name, "out of time", **where)
             return
@@ -106,10 +109,15 @@ class Recorder:
 
     def _add(self, row: dict) -> None:
         self.rows.append({**self.about, **row})
-        atomic_write(self.path, csv_text(self.rows, COLUMNS))
+        atomic_write(self.path, csv_text(self.rows, self.columns))
+        print(self.shown(row), flush=True)
+
+    @staticmethod
+    def shown(row: dict) -> str:
+        """A row as one line for the terminal."""
         place = ", ".join(f"{key} {row[key]}" for key in ("batch", "seq_len", "dtype") if row.get(key) is not None)
         shown = f"{row['value']:.4g} {row['unit']}" if row["status"] == "ok" else f"not measured: {row['reason']}"
-        print(f"{row['section']}: {row['name']} ({place}) {shown}", flush=True)
+        return f"{row['section']}: {row['name']} ({place}) {shown}"
 
 
 def stopwatch(run: Callable[[], object], device: torch.device, repeats: int, warmup: int = 3, host: bool = False) -> list[float]:
@@ -148,7 +156,8 @@ def _raise_out_of_time(*_: object) -> None:
     raise OutOfTime("this measurement ran past its limit")
 
 
-def _version(name: str) -> str:
+def installed(name: str) -> str:
+    """The version of a package, or "absent"."""
     try:
         return version(name)
     except PackageNotFoundError:
