@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
@@ -117,13 +118,16 @@ def score_lists(
     except (JavaError, ModuleNotFoundError) as error:
         reasons = dict.fromkeys(METRICS[:-1], f"no PTB tokens: {error}") | reasons
     else:
-        for key, (given, references) in tokenised.items():
-            _score_ngrams(given, references, parts[key])
-            if len(references) < 2:
-                parts[key].reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
-        for metric, score in () if quick else (("meteor", _score_meteor), ("spice", _score_spice)):
+        by_java = {} if quick else {"meteor": _score_meteor, "spice": _score_spice}
+        with ThreadPoolExecutor(1) as pool:                                  # METEOR's Java loads and matches while Python counts n-grams
+            jobs = {metric: pool.submit(score, java, tokenised, parts) for metric, score in by_java.items()}
+            for key, (given, references) in tokenised.items():
+                _score_ngrams(given, references, parts[key])
+                if len(references) < 2:
+                    parts[key].reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
+        for metric, job in jobs.items():
             try:
-                score(java, tokenised, parts)
+                job.result()
             except JavaError as error:
                 reasons[metric] = str(error)
     try:

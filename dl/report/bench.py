@@ -36,9 +36,9 @@ def bench_table(results: Path) -> str:
     compared = table[table.section != "growth"]
     rows = [[SECTIONS[row.section], row.name, *numbers(row)] for row in compared.itertuples(index=False)]
     threads = ", ".join(sorted(set(table.threads)))
-    parts = [f"On a CPU, {threads} {'thread' if threads == '1' else 'threads'} for both ({table.versions.iloc[0]}); medians of pairs timed in turn, "
-             "with the 95 % interval of the ratio's median.\n",
-             markdown_table(["part", "compared", "ours", "theirs", "ratio", "goal", "met"], rows, left=2)]
+    head = (f"On a CPU, {threads} {'thread' if threads == '1' else 'threads'} for both ({table.versions.iloc[0]}); medians of pairs timed in turn, "
+            "with the 95 % interval of the ratio's median.\n")
+    parts = [head, markdown_table(["part", "compared", "ours", "theirs", "ratio", "goal", "met"], rows, left=2)]
     missed = compared[(compared.status == "ok") & (compared.met != "yes")]
     if len(missed):
         parts += ["What does not meet its goal, or not beyond the noise:\n",

@@ -109,13 +109,14 @@ class Ratios(Recorder):
         path, budget_seconds: as for :class:`Recorder`.
         sections: all of them, in the order of the file.
         only: those measured now.
+        limit: seconds that one measurement may take.
     """
 
     columns = COLUMNS
-    limit = 300.0
 
-    def __init__(self, path: Path, budget_seconds: float, sections: tuple[str, ...], only: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, budget_seconds: float, sections: tuple[str, ...], only: tuple[str, ...], limit: float = 300.0) -> None:
         super().__init__(path, budget_seconds, torch.device("cpu"))
+        self.limit = limit
         self.sections = sections
         self.about = {"device": "cpu", "threads": torch.get_num_threads(), "versions": "; ".join(f"{name} {installed(name)}" for name in LIBRARIES)}
         if path.is_file() and set(only) != set(sections):
@@ -177,7 +178,7 @@ def torch_profile(run: Callable[[], object], most: int = 6) -> str:
         run()
     events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    return ", ".join(f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in events[:most])
+    return ", ".join(f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}" for event in events[:most] if event.self_cpu_time_total > 0.005 * total)
 
 
 def python_profile(run: Callable[[], object], most: int = 6) -> str:
@@ -189,4 +190,4 @@ def python_profile(run: Callable[[], object], most: int = 6) -> str:
     seen.runcall(run)
     table = sorted(pstats.Stats(seen).stats.items(), key=lambda entry: -entry[1][2])
     total = sum(numbers[2] for _, numbers in table)
-    return ", ".join(f"{Path(file).stem}.{function} {numbers[2] / total:.0%}".replace("~.", "") for (file, _, function), numbers in table[:most])
+    return ", ".join(f"{Path(file).stem}.{function} {numbers[2] / total:.0%}".replace("~.", "") for (file, _, function), numbers in table[:most] if numbers[2] > 0.005 * total)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -125,7 +126,7 @@ def theirs(captioner: LLMCaptioner, vectors: Tensor, captions: list[str]) -> tup
 
 def seconds(marks: list[float]) -> list[float]:
     """Between marks that follow each other."""
-    return [later - earlier for earlier, later in zip(marks, marks[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(marks)]
 
 
 # ------------------------------------------------------------------------------------------------------------- comparison
@@ -160,7 +161,7 @@ def captioner_training(bench: Ratios, sizes: Sizes) -> None:
 def peak_of(way: str) -> int:
     """Bytes that a process of its own held at most while it trained."""
     command = [sys.executable, str(Path(__file__).resolve()), way, str(torch.get_num_threads())]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
     return int(done.stdout.split()[-1])
 
 

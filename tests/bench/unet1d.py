@@ -7,6 +7,7 @@ weights. A test compares both where that package is installed.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ class Unet1D(nn.Module):
         super().__init__()
         self.embed_dim, self.dim = embed_dim, dim
         widths, time_dim = [init_dim, *(dim * factor for factor in dim_mults)], 4 * dim
-        levels = list(zip(widths[:-1], widths[1:], strict=True))
+        levels = list(pairwise(widths))
         self.init_conv = nn.Conv1d(1, init_dim, 7, padding=3)
         self.time_mlp = nn.Sequential(nn.Identity(), nn.Linear(dim, time_dim), nn.GELU(), nn.Linear(time_dim, time_dim))
         self.downs = nn.ModuleList(nn.ModuleList([
