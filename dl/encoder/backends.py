@@ -11,12 +11,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dl.data import SAMPLING_RATE
 from dl.encoder.laion import (
@@ -28,6 +29,9 @@ from dl.encoder.laion import (
     load_roberta_tokenizer,
     one_line,
 )
+
+if TYPE_CHECKING:
+    from transformers import ClapModel, ClapProcessor, PreTrainedTokenizerBase
 
 MAX_SAMPLES = 480_000                      # 10 s at 48 kHz [paper~]; beyond it both libraries crop at random
 MAX_TOKENS = 77                            # [peer: LAION-CLAP]
@@ -41,7 +45,7 @@ class HubClapBackend:
 
     sampling_rate = SAMPLING_RATE
 
-    def __init__(self, model, processor, device: str) -> None:
+    def __init__(self, model: ClapModel, processor: ClapProcessor, device: str) -> None:
         self.model, self.processor, self.device, self.embed_dim = model.eval().to(device), processor, device, model.config.projection_dim
         self.weights_sha256 = digest(model.state_dict(), tokenizer_text(processor.tokenizer), processor.feature_extractor.to_json_string())
         self.truncation = "fusion" if model.config.audio_config.enable_fusion else "rand_trunc"     # chooses the mel filters, too
@@ -106,7 +110,7 @@ class LaionClapBackend:
 
     sampling_rate = SAMPLING_RATE
 
-    def __init__(self, clap, weights_sha256: str) -> None:
+    def __init__(self, clap: nn.Module, weights_sha256: str) -> None:
         self.clap, self.weights_sha256, self.embed_dim = clap.eval(), weights_sha256, clap.model.joint_embed_shape
 
     @classmethod
@@ -159,11 +163,11 @@ def digest(state: dict[str, Tensor], *settings: str) -> str:
     total = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(state.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
-def tokenizer_text(tokenizer) -> str:
+def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """Vocabulary, merges and rules as one string, without the padding and truncation of the last call."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({key: value for key, value in rules.items() if key not in ("padding", "truncation")}, sort_keys=True)

@@ -9,10 +9,11 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -26,10 +27,33 @@ from dl.data import SAMPLING_RATE, AudioError, Split, check_waveform, ids_sha256
 from dl.precision import resolve_dtype
 from dl.results import RowFile, atomic_write
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dl.encoder.mini_clap import MiniClap
+
 CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]
 CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
 SHARD_SIZE = 512                # clips a cache file; a killed run repeats at most one
 MINI_FOLDER = REPO / "data/mini/mini_clap"
+
+
+class Backend(Protocol):
+    """What an encoder must offer to stand behind :class:`ClapEncoder`; it may also have ``dtype``, what its audio tower computes in.
+
+    Attributes:
+        embed_dim: D.
+        weights_sha256: identifies all that a vector depends on; part of every cache key.
+    """
+
+    embed_dim: int
+    weights_sha256: str
+
+    def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
+        """B arrays (samples,) float32 at 48 kHz, each of at most 480,000 samples -> (B, D), unit norm."""
+
+    def embed_text(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, D), unit norm."""
 
 
 class ClapEncoder:
@@ -41,12 +65,12 @@ class ClapEncoder:
         torch.Size([1, 256])
     """
 
-    def __init__(self, backend) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = "mini", device: str | None = None) -> ClapEncoder:
-        """Open "mini", a ``ClapModel`` (hub name or folder), or a LAION-CLAP ``.pt`` (or the folder it was converted to).
+        """Open a name of ``ENCODERS`` ("mini"), a ``ClapModel`` (hub name or folder), or a LAION-CLAP ``.pt`` (or the folder it was converted to).
 
         Args:
             device: "cpu", "cuda", ...; by default a GPU where there is one.
@@ -55,13 +79,14 @@ class ClapEncoder:
             FileNotFoundError: the weights are missing; the message says where they should be.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if str(name_or_path) == "mini":
-            return cls(MiniClapBackend.from_pretrained(MINI_FOLDER, device))
+        if str(name_or_path) in ENCODERS:
+            return cls(ENCODERS[str(name_or_path)](device))
         from dl.encoder.backends import HubClapBackend, LaionClapBackend
 
         path = Path(name_or_path)
         is_laion = path.suffix == ".pt" or (path / "laion_clap.json").is_file()
-        return cls((LaionClapBackend if is_laion else HubClapBackend).from_pretrained(name_or_path, device))
+        opened: Backend = (LaionClapBackend if is_laion else HubClapBackend).from_pretrained(name_or_path, device)
+        return cls(opened)
 
     @property
     def embed_dim(self) -> int:
@@ -110,7 +135,7 @@ class MiniClapBackend:
 
     sampling_rate = SAMPLING_RATE
 
-    def __init__(self, model, weights_sha256: str, device: str, dtype: str = "auto") -> None:
+    def __init__(self, model: MiniClap, weights_sha256: str, device: str, dtype: str = "auto") -> None:
         self.model, self.weights_sha256, self.device, self.embed_dim = model.eval().to(device), weights_sha256, device, model.embed_dim
         self.dtype = resolve_dtype(dtype)
         self.model.trunk.to(dtype=self.dtype, memory_format=torch.channels_last)
@@ -144,6 +169,11 @@ class MiniClapBackend:
     @torch.inference_mode()
     def embed_text(self, captions: list[str]) -> Tensor:
         return self.model.embed_text(captions)
+
+
+ENCODERS: dict[str, Callable[[str], Backend]] = {          # name -> what opens it on a device; any other name is a hub's, a folder or a .pt
+    "mini": lambda device: MiniClapBackend.from_pretrained(MINI_FOLDER, device),
+}
 
 
 @dataclass(frozen=True)
@@ -202,7 +232,7 @@ def cache_key(split: Split, encoder: ClapEncoder) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True, accelerator=None) -> Embeddings:
+def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True, accelerator: Accelerator | None = None) -> Embeddings:
     """Embed a split, or read what is there already; a killed call goes on at the shard of 512 clips it was in.
 
     Clips that cannot be read, or are empty, silent or too short are named in ``skipped``, and with those that are not on disk in
@@ -240,7 +270,7 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
 
 def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, key: str, files: list[Path]) -> None:
     """Put the shards together, embed the captions, and list the clips that could not be used."""
-    parts = [_read(file) for file in files]
+    parts = [part for file in files if (part := _read(file))]
     skipped = [reason for _, about in parts for reason in about["skipped"]]
     kept = torch.cat([tensors["places"] for tensors, _ in parts]).tolist()
     if not kept:
@@ -267,9 +297,13 @@ def _remove_shards(final: Path) -> None:
 
 def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder) -> None:
     """Embed some clips, in the order of their lengths so that a batch holds little padding, and store the good ones."""
-    sounds, errors = {}, {}
+    sounds: dict[int, np.ndarray] = {}
+    errors: dict[int, AudioError] = {}
     for place, sound in decode(split, places):
-        (errors if isinstance(sound, AudioError) else sounds)[place] = sound
+        if isinstance(sound, AudioError):
+            errors[place] = sound
+        else:
+            sounds[place] = sound
     by_length = sorted(sounds, key=lambda place: len(sounds[place]))
     rows = encoder.embed_audio([sounds[place] for place in by_length])
     tensors = {"audio": rows[np.argsort(by_length, kind="stable")].contiguous(), "places": torch.tensor(sorted(sounds), dtype=torch.int64)}
@@ -284,11 +318,11 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name].numpy()))
+        digest.update(np.ascontiguousarray(tensors[name].numpy()).data)
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict] | None:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Tensors and what was written about them; None where there is no file, and, with a line on stderr, where it is damaged."""
     if not path.is_file():
         return None

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -24,6 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dl.results import atomic_write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_VARIABLE = "DL_ROBERTA_TOKENIZER"
 SETTINGS_FILE, WEIGHTS_FILE = "laion_clap.json", "model.safetensors"
@@ -109,9 +113,8 @@ def converted_folder(path: Path) -> Path:
 
 def read_checkpoint(path: Path, out_dir: Path, sha256: str, consent: bool) -> dict[str, Tensor]:
     """The state dict inside ``path``; beyond torch's own names only numpy's scalars, part of LAION's training state, are allowed."""
-    from numpy.core import multiarray
-
-    allowed = [(multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype,
+    scalar = importlib.import_module("numpy.core.multiarray").scalar
+    allowed: list[Any] = [(scalar, "numpy.core.multiarray.scalar"), np.dtype,
                np.dtypes.Int64DType, np.dtypes.Float64DType, np.dtypes.Float32DType]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -128,7 +131,7 @@ def read_checkpoint(path: Path, out_dir: Path, sha256: str, consent: bool) -> di
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def load_roberta_tokenizer(tokenizer: str | Path | None, folder: Path, text_config: dict):
+def load_roberta_tokenizer(tokenizer: str | Path | None, folder: Path, text_config: dict) -> PreTrainedTokenizerBase:
     """roberta-base's tokenizer from ``tokenizer``, the environment variable, ``folder``/tokenizer or the hub, in this order.
 
     Raises:
@@ -147,7 +150,7 @@ def load_roberta_tokenizer(tokenizer: str | Path | None, folder: Path, text_conf
     return roberta
 
 
-def build_laion_clap(amodel: str, text_config: dict, tokenizer, device: str = "cpu"):
+def build_laion_clap(amodel: str, text_config: dict, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> Any:
     """An untrained ``laion_clap.CLAP_Module`` without the hub: RoBERTa from ``text_config``, the tokenizer as given."""
     from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
@@ -187,7 +190,7 @@ def torchvision_stub() -> Iterator[None]:
     absent = importlib.util.find_spec("torchvision") is None
     names = ["torchvision" + part for part in ("", ".datasets", ".ops", ".ops.misc", ".transforms")] if absent else []
     stub = ModuleType("torchvision")
-    stub.__getattr__ = lambda name: type(name, (), {})
+    vars(stub)["__getattr__"] = lambda name: type(name, (), {})
     sys.modules.update(dict.fromkeys(names, stub))
     try:
         yield
@@ -196,7 +199,7 @@ def torchvision_stub() -> Iterator[None]:
             sys.modules.pop(name, None)
 
 
-def check_vocabulary(tokenizer, text_config, where: str, advice: str) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text_config: PreTrainedConfig, where: str, advice: str) -> None:
     """Refuse a tokenizer that is not the text tower's: offline, transformers may answer with 5 tokens, and all captions embed alike.
 
     Raises:

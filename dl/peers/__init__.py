@@ -5,10 +5,12 @@
 """
 from __future__ import annotations
 
+from typing import Any, cast
+
 from dl.peers import closed_form, trained
 from dl.peers.base import Peer, centre, uncentre
 
-REGISTRY: dict[str, type] = {
+REGISTRY: dict[str, type[Peer]] = {
     "raw": closed_form.Raw,
     "mean_shift": closed_form.MeanShift,
     "c3": closed_form.C3,
@@ -20,11 +22,11 @@ REGISTRY: dict[str, type] = {
     "procrustes": closed_form.Procrustes,
     "ridge": closed_form.Ridge,
     "pls_head": closed_form.PLSHead,
-    **trained.REGISTRY,
+    **cast("dict[str, type[Peer]]", trained.REGISTRY),
 }
 
 
-def build(name: str, **hyper_parameters) -> Peer:
+def build(name: str, **hyper_parameters: Any) -> Peer:
     """Make the system called ``name``, unfitted.
 
     Raises:

@@ -172,7 +172,8 @@ def run_stages(run: Run, only: list[str] | None = None, start: str | None = None
     Returns:
         Exit code: 0 done, 1 a stage failed, 2 a wrong call or a second run at the same time, 130 (143) interrupted.
     """
-    began, done = time.monotonic(), {"run": [], "skipped": []}
+    began = time.monotonic()
+    done: dict[str, list[str]] = {"run": [], "skipped": []}
     try:
         stages = run.chosen(only, start)
         if not stages:

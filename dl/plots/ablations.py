@@ -5,6 +5,8 @@ paired difference, a hollow one does not; the base is a diamond, its interval a 
 """
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -34,7 +36,7 @@ def variants(rows: pd.DataFrame) -> pd.DataFrame:
 
 def legend_handles() -> list[Line2D]:
     """What the markers mean."""
-    mark = {"marker": "o", "linestyle": "", "color": "black", "markersize": 4}
+    mark: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "black", "markersize": 4}
     return [Line2D([], [], **mark | {"marker": "D", "color": COLOURS["bridged"]}, label="base"),
             Line2D([], [], **mark, label="differs from the base beyond its interval"),
             Line2D([], [], **mark, markerfacecolor="white", label="does not")]
@@ -84,7 +86,7 @@ def _stacked(rows: pd.DataFrame, names: list[str]) -> tuple[Figure, pd.DataFrame
     data = variants(rows[rows.name.isin(names)])
     figure, axes = panels(len(METRICS), height=0.8 + 0.16 * (len(data) / len(METRICS) + len(names) * (len(names) > 1)), sharey=True)
     ticks: dict[float, str] = {}
-    y = 0
+    y = 0.0
     for name in names:
         if len(names) > 1:
             y -= 1

@@ -1,10 +1,14 @@
 """Figures of notebooks 00-02 and A1: toys in the plane, recordings, scenes, what the encoder aligns."""
 from __future__ import annotations
 
+from typing import cast
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from scipy.signal import spectrogram
 
@@ -21,10 +25,11 @@ def plot_circles(stages: dict[str, dict[str, np.ndarray]], links: bool = True) -
         links: join the i-th points of a panel's first two roles by a grey line (pairs).
     """
     figure, axes = panels(len(stages), width=COLUMN if len(stages) == 1 else PAGE, height=2.7)
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axis, (title, points) in zip(axes, stages.items(), strict=True):
         axis.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, linewidth=0.6, linestyle=":"))
-        scatter_roles(axis, points, tuple(points)[:2] if links else None)
+        first, second = list(points)[:2]
+        scatter_roles(axis, points, (first, second) if links else None)
         axis.set(title=title, xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xlabel="coordinate 1", ylabel="coordinate 2")
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
@@ -47,7 +52,7 @@ def plot_recordings(recordings: pd.DataFrame) -> Figure:
     sns.histplot(frame, y="category", hue="split", hue_order=["test", "val", "train"], multiple="stack", discrete=True, shrink=0.8,
                  palette=["#000000", GREY, "#D9D9D9"], alpha=1, linewidth=0, ax=axis)
     axis.set(xlabel="recordings", ylabel="")
-    axis.get_legend().set_title("")
+    sns.move_legend(axis, "best", title="")
     return figure
 
 
@@ -105,8 +110,8 @@ def plot_alignment(cosines: pd.DataFrame, recalls: pd.DataFrame) -> Figure:
     sns.move_legend(left, "upper left", title="")
     left.set_ylim(top=left.get_ylim()[1] * 1.35)
     sns.barplot(recalls, y="clips", x="value", hue="metric", palette=["#D9D9D9", COLOURS["audio"]], saturation=1, ax=right)
-    for container in right.containers:
-        right.bar_label(container, fmt="%.2f", fontsize=7, padding=2)
+    for bars in right.containers:
+        right.bar_label(cast(BarContainer, bars), fmt="%.2f", fontsize=7, padding=2)
     for metric, line in zip(recalls.metric.unique(), ("--", ":"), strict=False):
         right.axvline(recalls.chance[recalls.metric == metric].iloc[0], color="black", linewidth=0.7, linestyle=line, label=f"{metric} by chance")
     right.set(xlabel="share of clips found", ylabel="", xlim=(0, 1))

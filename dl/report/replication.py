@@ -48,7 +48,8 @@ def claims_section(results: Path) -> str:
 def simpler_section(results: Path) -> str:
     """Every map without diffusion beside diffusion_link: gap metrics and CIDEr-D, by paired intervals where there are any."""
     e = Evidence(results)
-    parts, told = [], {}
+    parts: list[str] = []
+    told: dict[tuple[str, str], list[str]] = {}
     for title, experiment, metrics in (("Gap", "gap", tuple(C1_METRICS)), ("Zero-shot captions", "zero_shot", ("cider_d",)),
                                        ("Supervised captions", "supervised", ("cider_d",))):
         lines = []

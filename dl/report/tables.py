@@ -53,7 +53,9 @@ def write_table1(profile: Profile, split: str = "test", traits: dict | None = No
         ValueError: there is nothing to show yet.
     """
     if traits is None:
-        from dl.peers import REGISTRY as traits
+        from dl.peers import REGISTRY
+
+        traits = REGISTRY
     frame = MetricsFile(profile).frame()
     metrics = list(dict.fromkeys(metric for panel in GAP_PANELS.values() for metric in (*panel, *WATCHED)))
     metrics += sorted(set(frame.metric[(frame.experiment == "gap") & (frame.split == split)]) & set(DIRECTION) - set(metrics))

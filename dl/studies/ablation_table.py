@@ -5,6 +5,7 @@ No sentence about an outcome is typed: ``lesson`` composes it from the paired di
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 
@@ -51,7 +52,7 @@ def table_rows(frame: pd.DataFrame, base_labels: dict[str, list[str]], n_seeds: 
     return [{key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
 
-def _difference(paired) -> dict:
+def _difference(paired: Any) -> dict:
     return {} if paired is None else {"difference": paired.value, "difference_ci_low": paired.ci_low, "difference_ci_high": paired.ci_high}
 
 
