@@ -9,10 +9,11 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -36,10 +37,16 @@ CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]
 CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
 SHARD_SIZE = 512                # clips a cache file; a killed run repeats at most one
 MINI_FOLDER = REPO / "data/mini/mini_clap"
+HUB, LAION = "dl.encoder.backends:HubClapBackend", "dl.encoder.backends:LaionClapBackend"
+ENCODERS: dict[str, tuple[str, str | Path]] = {      # name: its backend, imported on use, and what that opens; any other name is a hub's or a path
+    "mini": ("dl.encoder.clap:MiniClapBackend", MINI_FOLDER),
+}
 
 
 class Backend(Protocol):
     """What an encoder must offer to stand behind :class:`ClapEncoder`; it may also have ``dtype``, what its audio tower computes in.
+
+    ``from_pretrained(where, device)`` makes it.
 
     Attributes:
         embed_dim: D.
@@ -79,14 +86,10 @@ class ClapEncoder:
             FileNotFoundError: the weights are missing; the message says where they should be.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if str(name_or_path) in ENCODERS:
-            return cls(ENCODERS[str(name_or_path)](device))
-        from dl.encoder.backends import HubClapBackend, LaionClapBackend
-
         path = Path(name_or_path)
         is_laion = path.suffix == ".pt" or (path / "laion_clap.json").is_file()
-        opened: Backend = (LaionClapBackend if is_laion else HubClapBackend).from_pretrained(name_or_path, device)
-        return cls(opened)
+        kind, where = ENCODERS.get(str(name_or_path), (LAION if is_laion else HUB, name_or_path))
+        return cls(resolve_name(kind).from_pretrained(where, device))
 
     @property
     def embed_dim(self) -> int:
@@ -169,11 +172,6 @@ class MiniClapBackend:
     @torch.inference_mode()
     def embed_text(self, captions: list[str]) -> Tensor:
         return self.model.embed_text(captions)
-
-
-ENCODERS: dict[str, Callable[[str], Backend]] = {          # name -> what opens it on a device; any other name is a hub's, a folder or a .pt
-    "mini": lambda device: MiniClapBackend.from_pretrained(MINI_FOLDER, device),
-}
 
 
 @dataclass(frozen=True)

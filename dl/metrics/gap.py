@@ -257,6 +257,12 @@ class Reference:
     exclude: NDArray | None = None
 
 
+PAIRED = (       # metrics of the two sets alone, function(audio, text, weights)
+    pair_cosine, nonpair_cosine, cosine_margin, centroid_gap, rmg, alignment, gram_correlation, linear_cka, gap_length, direction_consistency,
+    orthogonality, frechet_distance, knn_overlap,
+)
+
+
 def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: ArrayLike | None = None) -> dict[str, NDArray]:
     """All ten groups of one set of vectors.
 
@@ -275,11 +281,7 @@ def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: ArrayLike |
 def gap_functions(audio_emb: ArrayLike, reference: Reference) -> dict[str, GapFunction]:
     """The same before it is weighted: each metric as a function of ``weights`` alone; rankings and classifiers are made here, once."""
     audio, text = as_array(audio_emb), as_array(reference.text)
-    functions: dict[str, GapFunction] = {
-        metric.__name__: partial(metric, audio, text)
-        for metric in (pair_cosine, nonpair_cosine, cosine_margin, centroid_gap, rmg, alignment, gram_correlation, linear_cka, gap_length,
-                       direction_consistency, orthogonality, frechet_distance, knn_overlap)
-    }
+    functions: dict[str, GapFunction] = {metric.__name__: partial(metric, audio, text) for metric in PAIRED}
     functions |= {metric.__name__: partial(metric, audio) for metric in (uniformity, effective_rank)}
     functions["mmd2"] = partial(mmd2, audio, text, reference.bandwidth)
     if reference.raw_audio is not None:

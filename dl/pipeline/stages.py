@@ -27,7 +27,7 @@ from dl.config import REPO, Profile
 
 KERNEL_ENDS_S = 2.0          # s, after which the kernel of a killed run is gone
 METRICS = "metrics.csv"      # every stage keeps its own rows in it
-SHARED = (METRICS, "table2.csv", "table2.md", "claims.csv", "claims.md")     # made by several stages from metrics.csv: content does not count
+SHARED = (METRICS, "table2.csv", "table2.md", "claims.csv", "claims.md", "README.md")     # made by several stages, or by python -m dl readme: content does not count
 SEARCH = ("{results}/search.csv", "results/mini/search.csv")     # what was chosen on val; stage 06 writes it anew with --full
 
 

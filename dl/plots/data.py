@@ -132,7 +132,7 @@ def plot_encoder_training(history: pd.DataFrame) -> Figure:
     left.set(xlabel="epoch", ylabel="InfoNCE (nats)", ylim=(0, None))
     for column, marker, line in (("recall_at_10", "o", "-"), ("recall_at_1", "s", "--")):
         right.plot(history.epoch, history[column], marker=marker, linestyle=line, color=COLOURS["audio"], label=column.replace("recall_at_", "R@"))
-    right.set(xlabel="epoch", ylabel="recall on val", ylim=(0, 1))
+    right.set(xlabel="epoch", ylabel="recall on val", xlim=left.get_xlim(), ylim=(0, 1))
     right.legend()
     return figure
 
