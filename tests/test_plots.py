@@ -29,6 +29,7 @@ from dl.plots import (
     plot_alignment,
     plot_circles,
     plot_crossing,
+    plot_encoder_training,
     plot_layouts,
     plot_recordings,
     plot_scene,
@@ -185,3 +186,15 @@ def test_plot_trajectory_names_the_nearest_caption_of_every_stop():
     words = {text.get_text(): text.get_fontweight() for text in axis.texts}
     assert words["Rain"] == "normal" and words["A dog barks"] == "bold" and max(map(len, words)) <= 66
     assert [label.get_text() for label in axis.get_yticklabels()] == ["raw", "300", "answer"] and axis.yaxis_inverted()
+
+
+def test_both_panels_of_the_encoders_training_show_the_same_epochs():
+    history = pd.DataFrame({"epoch": range(6), "loss": np.linspace(5, 3, 6), "recall_at_1": [np.nan] * 5 + [0.3], "recall_at_10": [np.nan] * 5 + [0.6]})
+    left, right = plot_encoder_training(history).axes
+    assert left.get_xlim() == right.get_xlim()
+    assert left.get_xlim()[0] <= 0 and left.get_xlim()[1] >= 5
+
+
+def test_one_role_without_links_is_drawn():
+    figure = plot_circles({"alone": {"text": np.zeros((3, 2))}}, links=False)
+    assert len(figure.axes) == 1

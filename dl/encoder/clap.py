@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,9 +31,10 @@ from dl.results import RowFile, atomic_write
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from dl.encoder.backends import Backend
     from dl.encoder.mini_clap import MiniClap
 
-CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]
+CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]; beyond it both LAION libraries crop at random
 CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
 SHARD_SIZE = 512                # clips a cache file; a killed run repeats at most one
 MINI_FOLDER = REPO / "data/mini/mini_clap"
@@ -41,26 +42,6 @@ HUB, LAION = "dl.encoder.backends:HubClapBackend", "dl.encoder.backends:LaionCla
 ENCODERS: dict[str, tuple[str, str | Path]] = {      # name: its backend, imported on use, and what that opens; any other name is a hub's or a path
     "mini": ("dl.encoder.clap:MiniClapBackend", MINI_FOLDER),
 }
-
-
-class Backend(Protocol):
-    """What an encoder must offer to stand behind :class:`ClapEncoder`; it may also have ``dtype``, what its audio tower computes in.
-
-    ``from_pretrained(where, device)`` makes it.
-
-    Attributes:
-        embed_dim: D.
-        weights_sha256: identifies all that a vector depends on; part of every cache key.
-    """
-
-    embed_dim: int
-    weights_sha256: str
-
-    def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
-        """B arrays (samples,) float32 at 48 kHz, each of at most 480,000 samples -> (B, D), unit norm."""
-
-    def embed_text(self, captions: list[str]) -> Tensor:
-        """B captions -> (B, D), unit norm."""
 
 
 class ClapEncoder:
@@ -145,6 +126,12 @@ class MiniClapBackend:
 
     @classmethod
     def from_pretrained(cls, folder: Path, device: str) -> MiniClapBackend:
+        """Open the folder of a trained mini-CLAP.
+
+        Raises:
+            FileNotFoundError: the weights are missing.
+            ValueError: they are damaged.
+        """
         from dl.encoder.mini_clap import MiniClap
 
         weights = folder / "model.safetensors"
@@ -171,6 +158,7 @@ class MiniClapBackend:
 
     @torch.inference_mode()
     def embed_text(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, D), unit norm."""
         return self.model.embed_text(captions)
 
 

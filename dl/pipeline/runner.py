@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dl.pipeline.check import OWN_PATHS, missing_assets
-from dl.pipeline.stages import METRICS, Run, Stage, StageError, parameter_names
+from dl.pipeline.notebook import StageError, parameter_names
+from dl.pipeline.stages import METRICS, Run, Stage
 
 HEADLINE_SYSTEMS = ("raw", "ridge", "diffusion_bridge", "seed", "diffusion_link", "diffusion_link_ddim")
 CAPTION_STAGES = ("07", "08", "11", "A3")      # they open the language model

@@ -14,13 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dl.metrics import ARROWS, TITLES
 from dl.metrics.gap import DIRECTION
-from dl.plots.comparison import TITLES
 from dl.plots.gap import LINES
 from dl.plots.style import COLOURS, PAGE, house_style, panels
 from dl.studies.ablation_table import METRICS, beyond
 
-ARROWS = {"higher": " ↑", "lower": " ↓"}
 PAIR_LINES = {"diffusion_link": (COLOURS["bridged"], "^", "-"), "regression_mlp": ("#000000", "o", "--"), "ridge": ("#CC79A7", "s", ":")}
 
 

@@ -28,8 +28,8 @@ def plot_circles(stages: dict[str, dict[str, np.ndarray]], links: bool = True) -
     handles: dict[str, Artist] = {}
     for axis, (title, points) in zip(axes, stages.items(), strict=True):
         axis.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, linewidth=0.6, linestyle=":"))
-        first, second = list(points)[:2]
-        scatter_roles(axis, points, (first, second) if links else None)
+        roles = list(points)
+        scatter_roles(axis, points, (roles[0], roles[1]) if links else None)
         axis.set(title=title, xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xlabel="coordinate 1", ylabel="coordinate 2")
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
@@ -52,7 +52,9 @@ def plot_recordings(recordings: pd.DataFrame) -> Figure:
     sns.histplot(frame, y="category", hue="split", hue_order=["test", "val", "train"], multiple="stack", discrete=True, shrink=0.8,
                  palette=["#000000", GREY, "#D9D9D9"], alpha=1, linewidth=0, ax=axis)
     axis.set(xlabel="recordings", ylabel="")
-    sns.move_legend(axis, "best", title="")
+    legend = axis.get_legend()
+    assert legend is not None                         # histplot made one for the hue
+    legend.set_title("")
     return figure
 
 

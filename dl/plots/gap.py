@@ -10,11 +10,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from dl.metrics import TITLES
 from dl.plots.style import COLOURS, GREY, MARKERS, PAGE, house_style, panels, scatter_roles
 
 # --------------------------------------------------------------------------------- 03-05: the gap, the bridge, the way across
-METRIC_NAMES = {"pair_cosine": "pair cosine", "cosine_margin": "cosine margin", "centroid_gap": "centroid gap", "rmg": "RMG",
-                "recall_at_10": "R@10", "effective_rank": "effective rank"}
 LINES = (("#000000", "o", "-"), ("#CC79A7", "s", "--"), ("#56B4E9", "^", "-."), ("#D55E00", "D", ":"))   # for what has no role
 
 
@@ -168,7 +167,7 @@ def plot_maps(frame: pd.DataFrame) -> Figure:
     for axis, metric in zip(axes, metrics, strict=True):
         axis.hlines(rows, 0, frame[metric], color=GREY, linewidth=0.8)
         axis.plot(frame[metric], rows, "o", color="black", clip_on=False)
-        axis.set(xlabel=METRIC_NAMES[metric], yticks=rows, yticklabels=frame["map"], ylim=(-0.6, len(frame) - 0.4))
+        axis.set(xlabel=TITLES[metric], yticks=rows, yticklabels=frame["map"], ylim=(-0.6, len(frame) - 0.4))
         axis.set_xlim(0, 1.15 * max(frame[metric].max(), 0.01))
         axis.tick_params(axis="y", length=0)
     return figure
@@ -218,7 +217,7 @@ def plot_start_steps(frame: pd.DataFrame, raw: pd.DataFrame, chosen: int | None 
         raw: one row, the same metrics of the raw audio vectors (dotted line).
         chosen: the start step in use, marked by a vertical line.
     """
-    metrics = [column for column in frame if column in METRIC_NAMES]
+    metrics = [column for column in frame if column in TITLES]
     figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.7), layout="constrained")
     for axis, metric in zip(axes.flat, metrics, strict=False):
         for (colour, marker, line), (steps, rows) in zip(LINES, frame.groupby("num_inference_steps"), strict=False):
@@ -226,7 +225,7 @@ def plot_start_steps(frame: pd.DataFrame, raw: pd.DataFrame, chosen: int | None 
         axis.axhline(raw[metric].iloc[0], color=COLOURS["audio"], linewidth=0.9, linestyle=":", label="raw audio")
         if chosen is not None:
             axis.axvline(chosen, color=GREY, linewidth=0.8, zorder=0, label="in use")
-        axis.set(ylabel=METRIC_NAMES[metric])
+        axis.set(ylabel=TITLES[metric])
     figure.supxlabel("start step k*", fontsize=8)
     for axis in axes.flat[len(metrics):]:
         axis.axis("off")

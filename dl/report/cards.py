@@ -11,14 +11,15 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCardData
 
 from dl.config import REPO, get_profile
+from dl.metrics import TITLES
 from dl.report.answer import WORDS, Evidence
 from dl.report.claims import C1_METRICS
 from dl.results import markdown_table
 
 DATASET, ENCODER = "data/mini", "mini-CLAP"
 TAGS = ["audio", "clap", "audio-captioning", "modality-gap"]
-GAP = {"pair_cosine": "pair cosine", "centroid_gap": "centroid gap", "rmg": "relative modality gap", "recall_at_10": "R@10", "effective_rank": "effective rank"}
-CAPTIONS = {"cider_d": "CIDEr-D", "meteor": "METEOR", "sbert_sim": "sentence similarity (all-MiniLM-L6-v2)"}
+GAP = ("pair_cosine", "centroid_gap", "rmg", "recall_at_10", "effective_rank")
+CAPTIONS = ("cider_d", "meteor", "sbert_sim")
 
 
 def bridge_card(results: Path) -> str:
@@ -26,7 +27,7 @@ def bridge_card(results: Path) -> str:
     config = _config(results, "bridge")
     table = pd.read_csv(results / "table1.csv", dtype=str, keep_default_na=False)
     rows = table[table.space == "text"].set_index("system").loc[["raw", "diffusion_link", "text_floor"]]
-    found = {GAP[metric]: Evidence(results).difference("gap", metric, "ridge") for metric in C1_METRICS}
+    found = {TITLES[metric]: Evidence(results).difference("gap", metric, "ridge") for metric in C1_METRICS}
     beside = ", ".join(f"{title} {WORDS[difference['outcome']]} ridge's" for title, difference in found.items() if difference)
     steps = get_profile("mini").bridge.train_steps
     data = _data("diffusion-link-bridge-mini", "audio-to-text-embedding", rows.loc["diffusion_link"], GAP, rows.n_items.iloc[0],
@@ -149,20 +150,20 @@ def _config(results: Path, name: str) -> dict:
     return json.loads((results / "checkpoints" / name / "config.json").read_text(encoding="utf-8"))
 
 
-def _data(name: str, task: str, row: pd.Series, metrics: dict[str, str], n_items: str, tags: tuple[str, ...] = (), **more: str) -> str:
+def _data(name: str, task: str, row: pd.Series, metrics: tuple[str, ...], n_items: str, tags: tuple[str, ...] = (), **more: str) -> str:
     """The front matter, with the figures of ``row`` as the hub's evaluation results."""
     figures = [EvalResult(task_type=task, dataset_type="mini", dataset_name=f"{DATASET}, test, {n_items} clips", metric_type=metric,
-                          metric_name=title, metric_value=round(float(row[metric]), 3)) for metric, title in metrics.items()]
+                          metric_name=TITLES[metric], metric_value=round(float(row[metric]), 3)) for metric in metrics]
     return ModelCardData(model_name=name, license="mit", library_name="diffusion-link", tags=[*TAGS, *tags], datasets=[DATASET], eval_results=figures,
                          **more).to_yaml()
 
 
-def _figures(rows: pd.DataFrame, metrics: dict[str, str]) -> str:
+def _figures(rows: pd.DataFrame, metrics: tuple[str, ...]) -> str:
     """A row a system, each figure with its interval."""
     def cell(row: pd.Series, metric: str) -> str:
         return "{:.3f} [{:.3f}, {:.3f}]".format(*(float(row[metric + end]) for end in ("", "_ci_low", "_ci_high")))
 
-    return markdown_table(["", *metrics.values()], [[f"`{name}`", *(cell(row, metric) for metric in metrics)] for name, row in rows.iterrows()])
+    return markdown_table(["", *(TITLES[metric] for metric in metrics)], [[f"`{name}`", *(cell(row, metric) for metric in metrics)] for name, row in rows.iterrows()])
 
 
 def _upload(name: str) -> str:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from dl.metrics import ARROWS, TITLES
+from dl.metrics.gap import DIRECTION
 from dl.results import markdown_table
 
-HEADLINE = {"pair_cosine": "pair cosine ↑", "centroid_gap": "centroid gap ↓", "rmg": "RMG ↓", "recall_at_10": "R@10 ↑", "effective_rank": "effective rank"}
+HEADLINE = {metric: TITLES[metric] + ARROWS.get(DIRECTION.get(metric, ""), "")
+            for metric in ("pair_cosine", "centroid_gap", "rmg", "recall_at_10", "effective_rank")}
 
 
 STORY = ("raw", "mean_shift", "ridge", "regression_mlp", "diffusion_bridge", "seed", "diffusion_link", "diffusion_link_ddim", "text_floor",

@@ -10,6 +10,7 @@ import math
 import pandas as pd
 
 from dl.config import Profile
+from dl.metrics import ARROWS
 from dl.metrics.captions import CAPTION_DIRECTION
 from dl.metrics.gap import DIRECTION
 from dl.results import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
@@ -135,8 +136,7 @@ def _method_panel(rows: list[dict]) -> str:
 
 
 def _heading(metric: str) -> str:
-    arrow = {"higher": " ↑", "lower": " ↓"}.get(BETTER.get(metric, ""), "")
-    return metric + arrow
+    return metric + ARROWS.get(BETTER.get(metric, ""), "")
 
 
 def _name(row: dict) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dl.config import Profile
+from dl.metrics import ARROWS
 from dl.metrics.gap import DIRECTION
 from dl.report.tables import write_table as write_files
 from dl.results import markdown_table
@@ -99,8 +100,7 @@ def panel(rows: list[dict]) -> str:
         if "mean" in cells[METRICS[0]]:
             mark = " (base)" if cells[METRICS[0]]["is_base"] else ""
             body.append([f"`{variant}`{mark}", *(_cell(cells[metric]) for metric in METRICS)])
-    arrows = {"higher": " ↑", "lower": " ↓"}
-    text = markdown_table(["variant", *(metric + arrows.get(DIRECTION.get(metric, ""), "") for metric in METRICS)], body)
+    text = markdown_table(["variant", *(metric + ARROWS.get(DIRECTION.get(metric, ""), "") for metric in METRICS)], body)
     compared = [[f"`{variant}`", *(signed(cells[metric]) for metric in METRICS)]
                 for variant, cells in by_variant.items() if "mean" not in cells[METRICS[0]]]
     return text + (f"\nPaired differences at the same pairs:\n\n{markdown_table(['difference', *METRICS], compared)}" if compared else "")

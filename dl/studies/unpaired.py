@@ -36,8 +36,8 @@ from dl.peers.trained import DiffusionLinkPeer
 from dl.studies.ablations import base_config, few_pairs
 from dl.studies.rows import caption_scores, light_draws, record, record_captions, references
 from dl.studies.samples import of_weights
+from dl.studies.variants import FRACTIONS
 
-FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 ALPHAS = (*(trial["alpha"] for trial in FITS["ridge"]), 10.0, 30.0)
 Mapping = Callable[[Tensor], Tensor]
 
