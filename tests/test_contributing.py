@@ -48,7 +48,8 @@ assert abs(float(write_table1(profile).share_close.iloc[0]) - expected) < 1e-6
 import numpy as np
 import torch
 from dl.encoder.clap import ClapEncoder
-assert profile.encoder == "spectrum"
+from dl.pipeline import check
+assert profile.encoder == "spectrum" and "SpectrumBackend" in check.encoder(profile)
 encoder = ClapEncoder.from_pretrained(profile.encoder)
 sound = np.random.default_rng(0).standard_normal((2, 48_000)).astype(np.float32) / 8
 audio, text = encoder.embed_audio(sound, 48_000), encoder.embed_text(["a dog barks", "rain falls"])
