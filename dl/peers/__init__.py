@@ -5,7 +5,7 @@
 """
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from dl.peers import closed_form, trained
 from dl.peers.base import Peer, centre, uncentre
@@ -22,7 +22,7 @@ REGISTRY: dict[str, type[Peer]] = {
     "procrustes": closed_form.Procrustes,
     "ridge": closed_form.Ridge,
     "pls_head": closed_form.PLSHead,
-    **cast("dict[str, type[Peer]]", trained.REGISTRY),
+    **trained.REGISTRY,
 }
 
 
