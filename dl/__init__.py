@@ -13,7 +13,7 @@ The package in reading order, each module importing only what stands above it:
 * ``captioner/``   a frozen language model that puts one vector into words; captions of your own files
 * ``peers/``       the other systems of Table 1, closed forms and trained ones
 * ``metrics/``     the modality gap and captions, measured, with intervals
-* ``report/``      tables, claims and their verdict rules, the replication report
+* ``report/``      tables, claims and their verdict rules, the replication report, the README's numbers, the checkpoints' cards
 * ``experiments``  what Table 1 runs: tuning on val, fits, scores on test
 * ``captioning``   what Table 2 runs: decoders, captions of every system, scores on test
 * ``studies/``     beyond the paper's tables: ablations (notebook 09), and what only a generative model can do (A3)

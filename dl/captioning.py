@@ -35,6 +35,7 @@ from dl.encoder.clap import Embeddings
 from dl.experiments import chosen, fit_system
 from dl.metrics.caption_runs import CaptionResults, Run, candidates_path, score_caption_runs, write_candidates
 from dl.peers import REGISTRY, build, centre
+from dl.peers.trained import DiffusionBridge
 from dl.precision import number_format
 from dl.results import MetricsFile, atomic_write
 from dl.workers import side_by_side
@@ -147,7 +148,9 @@ def decoder_pairs(profile: Profile, decoder: str, train: Embeddings, seed: int, 
         peer = fit_system(profile, "c3", train)
         return normalize(centre(text, peer.text_mean) + peer.decoder_noise_variance ** 0.5 * noise, dim=1), captions
     if decoder == "text_bridged":
-        return fit_system(profile, "diffusion_bridge", train, seed).map_text(text), captions
+        bridge = fit_system(profile, "diffusion_bridge", train, seed)
+        assert isinstance(bridge, DiffusionBridge)
+        return bridge.map_text(text), captions
     if decoder not in REGISTRY:
         raise ValueError(f"unknown decoder {decoder!r}: choose one of {', '.join([*TEXT_DECODERS, *REGISTRY])}")
     return system_vectors(profile, Row(decoder), train, of, seed)[of.text_clip], captions

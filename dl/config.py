@@ -18,6 +18,7 @@ import os
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
@@ -145,7 +146,7 @@ PROFILES: dict[str, Profile] = {
 }
 
 
-def get_profile(name: str, **overrides) -> Profile:
+def get_profile(name: str, **overrides: Any) -> Profile:
     """Return the profile called ``name`` with some fields replaced: those of the ``DL_SETTINGS`` file, then ``overrides``.
 
     The environment variable ``DL_RESULTS`` moves the results folder (tests write into a temporary one).
@@ -184,10 +185,10 @@ def own_settings(profile: Profile) -> Profile:
     return _with(profile, tables.get(profile.name, {}), path, profile.name)
 
 
-def _with(settings, table: dict, path: Path, where: str):
+def _with(settings: Any, table: dict, path: Path, where: str) -> Any:
     """A dataclass with the values of a TOML table, checked against its fields."""
     known = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("name", "results_root")}
-    changes = {}
+    changes: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
             raise ValueError(f"{path}: [{where}] has no {key!r}: it takes {', '.join(known)}")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -24,15 +25,15 @@ from dl.encoder.clap import Embeddings
 from dl.metrics.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
 from dl.metrics.gap import gap_functions, gap_metrics
 from dl.peers import REGISTRY, Peer, build
-from dl.peers.trained import DiffusionLinkPeer
+from dl.peers.trained import DiffusionLinkPeer, TrainedPeer
 from dl.report.claims import TUNING_METRIC, comparisons
 from dl.results import git_sha, search_file, search_paths
 from dl.workers import side_by_side
 
-Trial = dict[str, object]
+Trial = dict[str, Any]
 
 
-def grid(**choices) -> list[Trial]:
+def grid(**choices: Iterable) -> list[Trial]:
     """Every combination of the choices, the last one varying fastest."""
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
@@ -75,7 +76,7 @@ def chosen(profile: Profile, system: str) -> Trial:
 
 
 def fit_system(
-    profile: Profile, system: str, train: Embeddings, seed: int = 0, progress: bool = False, val: Embeddings | None = None, **hyper_parameters
+    profile: Profile, system: str, train: Embeddings, seed: int = 0, progress: bool = False, val: Embeddings | None = None, **hyper_parameters: Any
 ) -> Peer:
     """Fit a system, or read the same fit from the cache; ``hyper_parameters`` go over the chosen ones.
 
@@ -83,9 +84,10 @@ def fit_system(
     With ``val`` the history of a new fit of the bridge holds its pair cosine on val.
     """
     hyper_parameters = {**chosen(profile, system), **hyper_parameters}
-    if not REGISTRY[system].trained:
+    kind = REGISTRY[system]
+    if not issubclass(kind, TrainedPeer):
         return build(system, **hyper_parameters).fit(train.audio, train.text, train.text_clip, seed=seed)
-    peer = build(system, **{"train_steps": profile.bridge.train_steps, **_base(profile, system), **hyper_parameters})
+    peer = kind(**{"train_steps": profile.bridge.train_steps, **_base(profile, kind), **hyper_parameters})
     family = "bridge" if isinstance(peer, DiffusionLinkPeer) else system
     training = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
     key = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:12]
@@ -115,9 +117,9 @@ def _keep_fit(*arguments: object) -> None:
     fit_system(*arguments)
 
 
-def _base(profile: Profile, system: str) -> Trial:
+def _base(profile: Profile, kind: type[TrainedPeer]) -> Trial:
     """What a trained system takes from the profile before tuning: what the profile sets, where the system's recipe has no value of its own."""
-    common, recipe, own = (asdict(config) for config in (BridgeConfig(), REGISTRY[system].defaults, profile.bridge))
+    common, recipe, own = (asdict(config) for config in (BridgeConfig(), kind.defaults, profile.bridge))
     set_here = {name: value for name, value in own.items() if value != common[name] and recipe[name] == common[name]}
     return set_here | ({"batch_size": profile.bridge.batch_size} if profile.name == "smoke" else {})
 
@@ -149,7 +151,9 @@ def sweep(peer: Peer, val: Embeddings, trials: list[Trial], noise_seeds: tuple[i
 def search(profile: Profile, system: str, train: Embeddings, val: Embeddings, progress: bool = True) -> Trial:
     """Tune one system on val with training seed 0, write every trial to ``search.csv``, and return the chosen one."""
     file = search_file(profile)
-    number, rows, best = 0, [], (float("inf"), {})
+    number = 0
+    rows: list[Trial] = []
+    best: tuple[float, Trial] = (float("inf"), {})
     for fit_trial in fits_to_try(profile, system):
         started = time.perf_counter()
         call_trials = INFERENCE.get(system, [{}])
@@ -157,7 +161,7 @@ def search(profile: Profile, system: str, train: Embeddings, val: Embeddings, pr
         for call_trial, scores in zip(call_trials, sweep(peer, val, call_trials, profile.noise_seeds[:2]), strict=True):
             params = {**fit_trial, **call_trial}
             best = min(best, (scores[TUNING_METRIC], params), key=lambda entry: entry[0])
-            shared = {"system": system, "trial": number, "params": json.dumps(params), "split": "val", "seed": 0, "noise_seed": "all",
+            shared: Trial = {"system": system, "trial": number, "params": json.dumps(params), "split": "val", "seed": 0, "noise_seed": "all",
                       "train_steps": profile.bridge.train_steps if peer.trained else 0, "git_sha": git_sha(),
                       "wall_s": round(time.perf_counter() - started, 1)}
             rows += [{**shared, "metric": metric, "value": value} for metric, value in scores.items()]
@@ -191,7 +195,7 @@ def score_table(
         "test:seen": (frame.seen == "1").to_numpy(), "test:unseen": (frame.seen == "0").to_numpy(),
         "test:new_source": (frame.shares_source == "0").to_numpy(),
     } if "seen" in frame else {}
-    shared = {"experiment": "gap", "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
+    shared: dict[str, Any] = {"experiment": "gap", "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
     scores: dict[tuple[str, str], SystemScores] = {}
     rows: list[dict] = []
     fitted = fit_systems(profile, [system for system in systems if system != "text_floor"], train, progress=progress)

@@ -19,6 +19,7 @@ import subprocess
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -114,7 +115,7 @@ def markdown_table(header: list[str], rows: list[list[str]], left: int = 1) -> s
     return "\n".join(lines) + "\n"
 
 
-def _cell(value) -> str:
+def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, bool):

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dl.data import SAMPLING_RATE
 from dl.results import atomic_write
 
-SAMPLING_RATE = 48_000                              # Hz
 LONGEST_S = 10.0                                    # s, CLAP's window [paper~]
 FADE_S = 0.02                                       # s, where a recording is cut at the end of its scene
 SCENE_COUNTS = {"train": 6000, "val": 500, "test": 600}

@@ -8,7 +8,7 @@ import pytest
 
 from dl.config import get_profile
 from dl.metrics.captions import METRICS
-from dl.report.caption_table import STRICT, paper_gain, t_half_width, write_table2
+from dl.report.caption_table import DISJOINT, paper_gain, t_half_width, write_table2
 from dl.report.claims import write_claims
 from dl.results import MetricsFile
 
@@ -118,7 +118,7 @@ def test_gains_stand_beside_the_papers_and_nothing_is_invented(table, profile):
     assert cells(text, "2a. Zero-shot", "ridge")[2][4:6] == ["+28.0 % [+20.0, +35.0]", "?"]
     assert cells(text, "2a. Zero-shot", "raw")[2][4:6] == ["", ""]
     assert {paper_gain("zero_shot", name) for name in ("ridge", "text_ceiling", "diffusion_bridge")} == {"?"}
-    assert paper_gain(STRICT, "diffusion_link") == "?"
+    assert paper_gain(DISJOINT, "diffusion_link") == "?"
     assert table.set_index(["experiment", "system"]).cider_d_relative_gain["zero_shot", "diffusion_link"] == pytest.approx(0.3)
 
 
@@ -141,7 +141,7 @@ def test_decodings_do_not_compete(table, profile):
 
 
 def test_strict_rows_and_rows_in_another_space_have_their_place(table, profile):
-    MetricsFile(profile).add(system_rows(STRICT, "diffusion_link", 1.1) + system_rows("zero_shot", "diffusion_bridge", 9.0, space="centred"))
+    MetricsFile(profile).add(system_rows(DISJOINT, "diffusion_link", 1.1) + system_rows("zero_shot", "diffusion_bridge", 9.0, space="centred"))
     new = write_table2(profile)
     text = markdown(profile)
     assert text.index("2a. Zero-shot") < text.index("2a, strict") < text.index("2b. Fully")

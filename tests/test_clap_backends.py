@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from dl.config import REPO
 from dl.encoder import laion as laion_files
 from dl.encoder.backends import HubClapBackend, LaionClapBackend, digest
-from dl.encoder.laion import SETTINGS_FILE, TOKENIZER_VARIABLE, convert_laion_checkpoint, converted_folder, file_sha256
+from dl.encoder.laion import SETTINGS_FILE, TOKENIZER_VARIABLE, convert_laion_checkpoint, converted_folder
+from dl.results import sha256_file
 
 ROBERTA_VOCABULARY = 50_265
 CAPTIONS = ["A dog barks", "Rain falls on a roof while a man speaks", "a bell", "An engine idles, then a horn honks twice",
@@ -236,7 +237,7 @@ def test_a_pickle_is_not_loaded_without_consent(tmp_path, capsys) -> None:
 
     path, out = tmp_path / "evil.pt", tmp_path / "out"
     torch.save({"state_dict": fake_state(), "epoch": Touch()}, path)
-    sha256 = file_sha256(path)
+    sha256 = sha256_file(path)
     for consent in ({}, {"allow_pickle": True}, {"sha256": sha256}):
         with pytest.raises(ValueError, match=f"(?s)can run code.*{sha256}"):
             convert_laion_checkpoint(path, out, **consent)
@@ -300,7 +301,7 @@ def test_the_conversion_stores_the_audio_tower(width, amodel, tmp_path) -> None:
     folder = convert_laion_checkpoint(tmp_path / "x.pt", tmp_path / "x")
     settings = json.loads((folder / SETTINGS_FILE).read_text())
     assert (settings["amodel"], settings["enable_fusion"]) == (amodel, False)
-    assert settings["source_sha256"] == file_sha256(tmp_path / "x.pt")
+    assert settings["source_sha256"] == sha256_file(tmp_path / "x.pt")
     assert settings["text_config"]["vocab_size"] == 9 and settings["text_config"]["num_hidden_layers"] == 1
 
 

@@ -91,7 +91,7 @@ def test_embed_audio_names_the_waveform_it_cannot_use(encoder, sounds, waveform,
 
 
 def test_missing_weights_say_where_they_come_from(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MINI_FOLDER", tmp_path)
+    monkeypatch.setitem(module.ENCODERS, "mini", (module.ENCODERS["mini"][0], tmp_path))
     with pytest.raises(FileNotFoundError, match="ships with the repository; restore it with git, or train it: ./run_all.sh --only A2"):
         ClapEncoder.from_pretrained("mini")
 

@@ -17,8 +17,9 @@ import pytest
 from dl.__main__ import literal
 from dl.config import REPO, get_profile
 from dl.pipeline import runner
+from dl.pipeline.notebook import StageError, module_closure, parameter_names
 from dl.pipeline.runner import run_stages, seconds_text
-from dl.pipeline.stages import STAGES, Run, Stage, StageError, module_closure, parameter_names
+from dl.pipeline.stages import STAGES, Run, Stage
 
 SETUP = """
 import os, time

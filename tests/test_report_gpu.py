@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dl.report.gpu import HOURS, PARTS, gpu_table
+from dl.report.readme import memory_line
 from dl.results import csv_text
 
 COLUMNS = ("section", "name", "value", "unit", "batch", "seq_len", "dtype", "card", "torch", "transformers", "peft", "status", "reason")
@@ -49,3 +50,10 @@ def test_measured_rows_are_copied(tmp_path):
 def test_a_row_that_failed_is_not_measured(tmp_path):
     text = gpu_table(write(tmp_path, {"section": "llama_train", "name": "step_time", "batch": 16, "status": "not measured", "reason": "out of memory"}))
     assert cells(text, "captioner, a step of 16 captions")[0] == "not measured"
+
+
+def test_the_memory_of_a_captioner_is_that_of_its_batch(tmp_path):
+    rows = [{"section": "llama_train", "name": "peak_memory_checkpointed", "value": value, "batch": batch} for batch, value in ((64, 9.94), (16, 3.14))]
+    text = memory_line(write(tmp_path, *rows))
+    assert "3.1 GiB" in text and "9.9" not in text
+    assert "clips at not measured" in text

@@ -83,7 +83,7 @@ def _sha256(value: object) -> str:
     digest = hashlib.sha256()
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
     elif isinstance(value, Path):
         digest.update(value.read_bytes())
     elif isinstance(value, dict):

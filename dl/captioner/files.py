@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,7 +125,7 @@ def load_captions(profile: Profile, bridge: bool = True) -> Captions:
     return captions
 
 
-def opened(kind: type, folder: Path, remedies: dict[str, str]) -> torch.nn.Module:
+def opened(kind: Any, folder: Path, remedies: dict[str, str]) -> torch.nn.Module:
     """``kind.from_pretrained(folder)``, whose weights must be numbers.
 
     Raises:

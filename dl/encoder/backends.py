@@ -1,4 +1,4 @@
-"""The two LAION-CLAP doors of :class:`dl.encoder.clap.ClapEncoder`: transformers' ``ClapModel`` and laion-clap's own files.
+"""What an encoder must offer, and the two LAION-CLAP doors of :class:`dl.encoder.clap.ClapEncoder`: transformers' ``ClapModel`` and laion-clap's own files.
 
 Both hold frozen weights [paper~], hear mono float32 at 48 kHz of at most 10 s, repeat shorter clips to fill 10 s ("repeatpad"
 [peer: LAION-CLAP]) and read at most 77 tokens of a caption [peer: LAION-CLAP]. laion-clap also rounds samples to 16 bits and
@@ -11,14 +11,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dl.data import SAMPLING_RATE
+from dl.encoder.clap import CROP_SAMPLES
 from dl.encoder.laion import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
@@ -26,11 +28,33 @@ from dl.encoder.laion import (
     check_vocabulary,
     converted_folder,
     load_roberta_tokenizer,
-    one_line,
+    short_error,
 )
 
-MAX_SAMPLES = 480_000                      # 10 s at 48 kHz [paper~]; beyond it both libraries crop at random
+if TYPE_CHECKING:
+    from transformers import ClapModel, ClapProcessor, PreTrainedTokenizerBase
+
 MAX_TOKENS = 77                            # [peer: LAION-CLAP]
+
+
+class Backend(Protocol):
+    """What an encoder must offer to stand behind :class:`dl.encoder.clap.ClapEncoder`; it may also have ``dtype``, what its audio tower computes in.
+
+    ``from_pretrained(where, device)`` makes it.
+
+    Attributes:
+        embed_dim: D.
+        weights_sha256: identifies all that a vector depends on; part of every cache key.
+    """
+
+    embed_dim: int
+    weights_sha256: str
+
+    def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
+        """B arrays (samples,) float32 at 48 kHz, each of at most 480,000 samples -> (B, D), unit norm."""
+
+    def embed_text(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, D), unit norm."""
 
 
 class HubClapBackend:
@@ -41,7 +65,7 @@ class HubClapBackend:
 
     sampling_rate = SAMPLING_RATE
 
-    def __init__(self, model, processor, device: str) -> None:
+    def __init__(self, model: ClapModel, processor: ClapProcessor, device: str) -> None:
         self.model, self.processor, self.device, self.embed_dim = model.eval().to(device), processor, device, model.config.projection_dim
         self.weights_sha256 = digest(model.state_dict(), tokenizer_text(processor.tokenizer), processor.feature_extractor.to_json_string())
         self.truncation = "fusion" if model.config.audio_config.enable_fusion else "rand_trunc"     # chooses the mel filters, too
@@ -69,7 +93,7 @@ class HubClapBackend:
             model, loading = ClapModel.from_pretrained(where, dtype=torch.float32, output_loading_info=True)
             processor = ClapProcessor.from_pretrained(where)
         except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"{where} is incomplete ({one_line(error)}): {again}") from None
+            raise FileNotFoundError(f"{where} is incomplete ({short_error(error)}): {again}") from None
         if absent := sorted(set(loading["missing_keys"]) & {name for name, _ in model.named_parameters()}):
             raise ValueError(f"{where}: {len(absent)} weights are missing, {absent[0]} first, and would be random: {again}")
         if processor.feature_extractor.sampling_rate != SAMPLING_RATE:
@@ -106,7 +130,7 @@ class LaionClapBackend:
 
     sampling_rate = SAMPLING_RATE
 
-    def __init__(self, clap, weights_sha256: str) -> None:
+    def __init__(self, clap: nn.Module, weights_sha256: str) -> None:
         self.clap, self.weights_sha256, self.embed_dim = clap.eval(), weights_sha256, clap.model.joint_embed_shape
 
     @classmethod
@@ -132,7 +156,7 @@ class LaionClapBackend:
         try:
             clap.model.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{folder}: the weights do not fit {settings['amodel']} ({one_line(error)}): "
+            raise ValueError(f"{folder}: the weights do not fit {settings['amodel']} ({short_error(error)}): "
                              "convert the .pt again and name its amodel") from None
         return cls(clap, digest(state, tokenizer_text(roberta), settings["amodel"]))
 
@@ -150,8 +174,8 @@ class LaionClapBackend:
 
 def check_lengths(waveforms: Sequence[np.ndarray]) -> None:
     """Raise ValueError for a waveform of more than 480,000 samples."""
-    if (longest := max(map(len, waveforms), default=0)) > MAX_SAMPLES:
-        raise ValueError(f"a waveform has {longest} samples: crop to {MAX_SAMPLES} first, as ClapEncoder.embed_audio does")
+    if (longest := max(map(len, waveforms), default=0)) > CROP_SAMPLES:
+        raise ValueError(f"a waveform has {longest} samples: crop to {CROP_SAMPLES} first, as ClapEncoder.embed_audio does")
 
 
 def digest(state: dict[str, Tensor], *settings: str) -> str:
@@ -159,11 +183,11 @@ def digest(state: dict[str, Tensor], *settings: str) -> str:
     total = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(state.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
-def tokenizer_text(tokenizer) -> str:
+def tokenizer_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """Vocabulary, merges and rules as one string, without the padding and truncation of the last call."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({key: value for key, value in rules.items() if key not in ("padding", "truncation")}, sort_keys=True)

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,10 +28,20 @@ from dl.data import SAMPLING_RATE, AudioError, Split, check_waveform, ids_sha256
 from dl.precision import resolve_dtype
 from dl.results import RowFile, atomic_write
 
-CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dl.encoder.backends import Backend
+    from dl.encoder.mini_clap import MiniClap
+
+CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]; beyond it both LAION libraries crop at random
 CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
 SHARD_SIZE = 512                # clips a cache file; a killed run repeats at most one
 MINI_FOLDER = REPO / "data/mini/mini_clap"
+HUB, LAION = "dl.encoder.backends:HubClapBackend", "dl.encoder.backends:LaionClapBackend"
+ENCODERS: dict[str, tuple[str, str | Path]] = {      # name: its backend, imported on use, and what that opens; any other name is a hub's or a path
+    "mini": ("dl.encoder.clap:MiniClapBackend", MINI_FOLDER),
+}
 
 
 class ClapEncoder:
@@ -41,12 +53,12 @@ class ClapEncoder:
         torch.Size([1, 256])
     """
 
-    def __init__(self, backend) -> None:
+    def __init__(self, backend: Backend) -> None:
         self.backend = backend
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = "mini", device: str | None = None) -> ClapEncoder:
-        """Open "mini", a ``ClapModel`` (hub name or folder), or a LAION-CLAP ``.pt`` (or the folder it was converted to).
+        """Open a name of ``ENCODERS`` ("mini"), a ``ClapModel`` (hub name or folder), or a LAION-CLAP ``.pt`` (or the folder it was converted to).
 
         Args:
             device: "cpu", "cuda", ...; by default a GPU where there is one.
@@ -55,13 +67,10 @@ class ClapEncoder:
             FileNotFoundError: the weights are missing; the message says where they should be.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if str(name_or_path) == "mini":
-            return cls(MiniClapBackend.from_pretrained(MINI_FOLDER, device))
-        from dl.encoder.backends import HubClapBackend, LaionClapBackend
-
         path = Path(name_or_path)
         is_laion = path.suffix == ".pt" or (path / "laion_clap.json").is_file()
-        return cls((LaionClapBackend if is_laion else HubClapBackend).from_pretrained(name_or_path, device))
+        kind, where = ENCODERS.get(str(name_or_path), (LAION if is_laion else HUB, name_or_path))
+        return cls(resolve_name(kind).from_pretrained(where, device))
 
     @property
     def embed_dim(self) -> int:
@@ -110,13 +119,19 @@ class MiniClapBackend:
 
     sampling_rate = SAMPLING_RATE
 
-    def __init__(self, model, weights_sha256: str, device: str, dtype: str = "auto") -> None:
+    def __init__(self, model: MiniClap, weights_sha256: str, device: str, dtype: str = "auto") -> None:
         self.model, self.weights_sha256, self.device, self.embed_dim = model.eval().to(device), weights_sha256, device, model.embed_dim
         self.dtype = resolve_dtype(dtype)
         self.model.trunk.to(dtype=self.dtype, memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(cls, folder: Path, device: str) -> MiniClapBackend:
+        """Open the folder of a trained mini-CLAP.
+
+        Raises:
+            FileNotFoundError: the weights are missing.
+            ValueError: they are damaged.
+        """
         from dl.encoder.mini_clap import MiniClap
 
         weights = folder / "model.safetensors"
@@ -143,6 +158,7 @@ class MiniClapBackend:
 
     @torch.inference_mode()
     def embed_text(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, D), unit norm."""
         return self.model.embed_text(captions)
 
 
@@ -202,7 +218,7 @@ def cache_key(split: Split, encoder: ClapEncoder) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True, accelerator=None) -> Embeddings:
+def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True, accelerator: Accelerator | None = None) -> Embeddings:
     """Embed a split, or read what is there already; a killed call goes on at the shard of 512 clips it was in.
 
     Clips that cannot be read, or are empty, silent or too short are named in ``skipped``, and with those that are not on disk in
@@ -240,7 +256,7 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
 
 def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, key: str, files: list[Path]) -> None:
     """Put the shards together, embed the captions, and list the clips that could not be used."""
-    parts = [_read(file) for file in files]
+    parts = [part for file in files if (part := _read(file))]
     skipped = [reason for _, about in parts for reason in about["skipped"]]
     kept = torch.cat([tensors["places"] for tensors, _ in parts]).tolist()
     if not kept:
@@ -267,9 +283,13 @@ def _remove_shards(final: Path) -> None:
 
 def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder) -> None:
     """Embed some clips, in the order of their lengths so that a batch holds little padding, and store the good ones."""
-    sounds, errors = {}, {}
+    sounds: dict[int, np.ndarray] = {}
+    errors: dict[int, AudioError] = {}
     for place, sound in decode(split, places):
-        (errors if isinstance(sound, AudioError) else sounds)[place] = sound
+        if isinstance(sound, AudioError):
+            errors[place] = sound
+        else:
+            sounds[place] = sound
     by_length = sorted(sounds, key=lambda place: len(sounds[place]))
     rows = encoder.embed_audio([sounds[place] for place in by_length])
     tensors = {"audio": rows[np.argsort(by_length, kind="stable")].contiguous(), "places": torch.tensor(sorted(sounds), dtype=torch.int64)}
@@ -284,11 +304,11 @@ def _write(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(np.ascontiguousarray(tensors[name].numpy()))
+        digest.update(np.ascontiguousarray(tensors[name].numpy()).data)
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict] | None:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Tensors and what was written about them; None where there is no file, and, with a line on stderr, where it is damaged."""
     if not path.is_file():
         return None

@@ -6,7 +6,6 @@ transformers and laion-clap are imported on use, never with this module.
 """
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
@@ -23,7 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dl.results import atomic_write
+from dl.results import atomic_write, sha256_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_VARIABLE = "DL_ROBERTA_TOKENIZER"
 SETTINGS_FILE, WEIGHTS_FILE = "laion_clap.json", "model.safetensors"
@@ -58,7 +61,7 @@ def convert_laion_checkpoint(pt_path: str | Path, out_dir: str | Path, *, amodel
     pt_path, out_dir = Path(pt_path), Path(out_dir)
     if not pt_path.is_file():
         raise FileNotFoundError(f"{pt_path} is missing: download it from LAION's CLAP page, then give its path")
-    found = file_sha256(pt_path)
+    found = sha256_file(pt_path)
     print(f"{pt_path.name}  sha256 {found}")
     if sha256 is not None and sha256.lower() != found:
         raise ValueError(f"{pt_path} has sha256 {found}, not {sha256}: download it again, or name this one if you trust it")
@@ -102,16 +105,15 @@ def converted_folder(path: Path) -> Path:
         return folder
     if settings.is_file():
         of = json.loads(settings.read_text(encoding="utf-8"))["source_sha256"]
-        if not path.is_file() or of == file_sha256(path):
+        if not path.is_file() or of == sha256_file(path):
             return folder
     return convert_laion_checkpoint(path, folder)
 
 
 def read_checkpoint(path: Path, out_dir: Path, sha256: str, consent: bool) -> dict[str, Tensor]:
     """The state dict inside ``path``; beyond torch's own names only numpy's scalars, part of LAION's training state, are allowed."""
-    from numpy.core import multiarray
-
-    allowed = [(multiarray.scalar, "numpy.core.multiarray.scalar"), np.dtype,
+    scalar = importlib.import_module("numpy.core.multiarray").scalar
+    allowed: list[Any] = [(scalar, "numpy.core.multiarray.scalar"), np.dtype,
                np.dtypes.Int64DType, np.dtypes.Float64DType, np.dtypes.Float32DType]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -123,12 +125,12 @@ def read_checkpoint(path: Path, out_dir: Path, sha256: str, consent: bool) -> di
                              f"sha256={sha256!r})") from None
         stored = torch.load(path, map_location="cpu", weights_only=False)
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a torch checkpoint ({one_line(error)}): download it again") from None
+        raise ValueError(f"{path} is not a torch checkpoint ({short_error(error)}): download it again") from None
     state = stored.get("state_dict", stored) if isinstance(stored, dict) else {}
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def load_roberta_tokenizer(tokenizer: str | Path | None, folder: Path, text_config: dict):
+def load_roberta_tokenizer(tokenizer: str | Path | None, folder: Path, text_config: dict) -> PreTrainedTokenizerBase:
     """roberta-base's tokenizer from ``tokenizer``, the environment variable, ``folder``/tokenizer or the hub, in this order.
 
     Raises:
@@ -142,12 +144,12 @@ def load_roberta_tokenizer(tokenizer: str | Path | None, folder: Path, text_conf
     try:
         roberta = RobertaTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {where!r} ({one_line(error)}): {advice}") from None
+        raise ValueError(f"no tokenizer at {where!r} ({short_error(error)}): {advice}") from None
     check_vocabulary(roberta, RobertaConfig(**text_config), where, advice)
     return roberta
 
 
-def build_laion_clap(amodel: str, text_config: dict, tokenizer, device: str = "cpu"):
+def build_laion_clap(amodel: str, text_config: dict, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> Any:
     """An untrained ``laion_clap.CLAP_Module`` without the hub: RoBERTa from ``text_config``, the tokenizer as given."""
     from transformers import RobertaConfig, RobertaModel, RobertaTokenizer
 
@@ -187,7 +189,7 @@ def torchvision_stub() -> Iterator[None]:
     absent = importlib.util.find_spec("torchvision") is None
     names = ["torchvision" + part for part in ("", ".datasets", ".ops", ".ops.misc", ".transforms")] if absent else []
     stub = ModuleType("torchvision")
-    stub.__getattr__ = lambda name: type(name, (), {})
+    vars(stub)["__getattr__"] = lambda name: type(name, (), {})
     sys.modules.update(dict.fromkeys(names, stub))
     try:
         yield
@@ -196,7 +198,7 @@ def torchvision_stub() -> Iterator[None]:
             sys.modules.pop(name, None)
 
 
-def check_vocabulary(tokenizer, text_config, where: str, advice: str) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, text_config: PreTrainedConfig, where: str, advice: str) -> None:
     """Refuse a tokenizer that is not the text tower's: offline, transformers may answer with 5 tokens, and all captions embed alike.
 
     Raises:
@@ -209,12 +211,6 @@ def check_vocabulary(tokenizer, text_config, where: str, advice: str) -> None:
                          f"the text tower with {text_config.pad_token_id}: {advice}")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def one_line(error: Exception) -> str:
+def short_error(error: Exception) -> str:
     """An error's first 160 characters on one line."""
     return " ".join(str(error).split())[:160]

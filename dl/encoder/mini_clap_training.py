@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -173,7 +174,7 @@ def train_mini_clap(model: MiniClap, log_mels: list[Tensor], sentences: Tensor, 
     trunk = list(model.trunk.parameters()) if config.trunk_learning_rate else []
     model.trunk.requires_grad_(bool(trunk))
     heads = [*model.audio_head.parameters(), *model.text_head.parameters(), model.log_temperature]
-    groups = [{"params": heads, "lr": config.learning_rate}] + [{"params": trunk, "lr": config.trunk_learning_rate}] * bool(trunk)
+    groups: list[dict[str, Any]] = [{"params": heads, "lr": config.learning_rate}] + [{"params": trunk, "lr": config.trunk_learning_rate}] * bool(trunk)
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     lengths = np.array([len(rows) for rows in log_mels])
     epochs = [batches(lengths, config.batch_size, config.seed * 1000 + epoch) for epoch in range(config.epochs)]

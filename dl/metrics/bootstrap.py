@@ -11,9 +11,9 @@ run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ class SystemScores:
     clip_replicates: dict[str, NDArray]
     reasons: dict[str, str] = field(default_factory=dict)
 
-    def rows(self, each_run: bool = True, **labels) -> list[dict]:
+    def rows(self, each_run: bool = True, **labels: Any) -> list[dict]:
         """Rows for ``MetricsFile.add``: each run, then the sum over runs (seed = noise_seed = "all") with its interval.
 
         Args:
@@ -179,7 +179,7 @@ class ClipCounts:
         return np.where(weights.sum(1) > 0, self.statistic(weights @ self.counts), np.nan)
 
 
-def score_clips(system: str, scores: list[tuple[int, int, dict[str, ArrayLike | ClipCounts | GapFunction]]], draws: Draws,
+def score_clips(system: str, scores: Sequence[tuple[int, int, Mapping[str, ArrayLike | ClipCounts | GapFunction]]], draws: Draws,
                 mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
     """The same for any metrics: a mean over clips (CIDEr-D, ...), of counts summed over clips (BLEU, METEOR), or of ``gap_functions``.
 
@@ -204,7 +204,7 @@ def score_clips(system: str, scores: list[tuple[int, int, dict[str, ArrayLike | 
     return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
 
 
-def paired_difference(system: SystemScores, baseline: SystemScores, relative: bool = False, **labels) -> list[dict]:
+def paired_difference(system: SystemScores, baseline: SystemScores, relative: bool = False, **labels: Any) -> list[dict]:
     """Rows of system - baseline, replicate by replicate on the same recordings and seeds.
 
     Args:
@@ -251,7 +251,7 @@ def _drawn_runs(runs: list[tuple[int, int]], draws: Draws) -> NDArray:
     return np.array([of_seed[int(v * len(of_seed))] for of_seed, v in zip(chosen, draws.noise_seed)])
 
 
-def _collect(system, runs, n_items, points, replicates, drawn) -> SystemScores:
+def _collect(system: str, runs: list[tuple[int, int]], n_items: int, points: dict[str, NDArray], replicates: dict[str, NDArray], drawn: NDArray) -> SystemScores:
     half, shifted = len(drawn), {}
     for metric, values in replicates.items():
         excess = values.reshape(2, half) - points[metric][drawn]

@@ -11,12 +11,13 @@ import ast
 import csv
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from dl.config import Profile
 from dl.data import Split, ids_sha256
@@ -48,7 +49,7 @@ class CaptionResults:
 
 
 def score_caption_runs(
-    profile: Profile, experiment: str, runs: dict[str | Key, list[Run]], split: Split, *, clip_ids: list[str] | None = None,
+    profile: Profile, experiment: str, runs: Mapping[str, list[Run]] | Mapping[Key, list[Run]], split: Split, *, clip_ids: list[str] | None = None,
     decoding: str = "greedy", strict: bool | None = None,
 ) -> CaptionResults:
     """Score every system's captions with all metrics, intervals, subsets and paired differences.
@@ -82,7 +83,7 @@ def score_caption_runs(
     position = {clip_id: i for i, clip_id in enumerate(split.clip_ids)}
     place = [position[clip_id] for clip_id in clip_ids]
     frame, captions = split.frame.iloc[place], [split.captions[i] for i in place]
-    by_key = {(key, "text") if isinstance(key, str) else key: of_system for key, of_system in runs.items()}
+    by_key: dict[Key, list[Run]] = {(key, "text") if isinstance(key, str) else key: of_system for key, of_system in runs.items()}
     wanted = {"": captions, **phrasing_references(frame, captions)}
     scored = score_lists({(name, *key, seed, noise_seed): (given, references) for name, references in wanted.items()
                           for key, of_system in by_key.items() for seed, noise_seed, given in of_system}, strict)
@@ -102,14 +103,14 @@ def score_caption_runs(
     return results
 
 
-def clip_subsets(frame) -> dict[str, np.ndarray]:
+def clip_subsets(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """Subsets of the clips of ``data/mini``, (n,) bool: all labels seen in train, some label unseen, no source shared with train."""
     if "seen" not in frame:
         return {}
     return {"seen": (frame.seen == "1").to_numpy(), "unseen": (frame.seen == "0").to_numpy(), "new_source": (frame.shares_source == "0").to_numpy()}
 
 
-def phrasing_references(frame, captions: list[list[str]]) -> dict[str, list[list[str]]]:
+def phrasing_references(frame: pd.DataFrame, captions: list[list[str]]) -> dict[str, list[list[str]]]:
     """For each phrasing one reference a clip: the held-out caption, and the first of the others; none where it is not marked."""
     if "heldout_captions" not in frame or not frame.heldout_captions.str.len().all():
         return {}
@@ -133,13 +134,15 @@ def _paired_rows(by_key: dict[Key, list[Run]], scores: dict[Key, SystemScores], 
     """diffusion_link minus every other system, and relative gains, in the text space; of two systems the training seeds that both have."""
     labels = {**shared, "experiment": f"{shared['experiment']}:paired", "split": split, "space": "text"}
 
-    def both(first: str, second: str) -> list[SystemScores]:
+    def both(first: str, second: str) -> tuple[SystemScores, SystemScores] | None:
         keys = [(first, "text"), (second, "text")]
         seeds = [{seed for seed, _, _ in by_key[key]} for key in keys]
         if seeds[0] == seeds[1]:
-            return [scores[key] for key in keys]
-        limited = score({key: [run for run in by_key[key] if run[0] in seeds[0] & seeds[1]] for key in keys}) if seeds[0] & seeds[1] else {}
-        return list(limited.values())
+            return scores[keys[0]], scores[keys[1]]
+        if not (common := seeds[0] & seeds[1]):
+            return None
+        limited = score({key: [run for run in by_key[key] if run[0] in common] for key in keys})
+        return limited[keys[0]], limited[keys[1]]
 
     rows = []
     for name in [name for name, space in scores if space == "text"]:

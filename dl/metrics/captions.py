@@ -23,6 +23,7 @@ from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from dl.metrics.neighbours import weighted_mean
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "sbert_sim")
 CAPTION_DIRECTION = dict.fromkeys(METRICS, "higher")
 SBERT_LABEL = "sbert_sim (all-MiniLM-L6-v2)"      # never FENSE, which needs a model of its own and a fluency detector
+Name = TypeVar("Name", bound=Hashable)             # what names a list of candidates
 STRICT = "DL_STRICT"                              # environment variable: 1 makes a metric that cannot run an error
 
 
@@ -83,8 +85,8 @@ def score_captions(candidates: list[str], references: list[list[str]], strict: b
 
 
 def score_systems(
-    candidates: dict[Hashable, list[str]], references: list[list[str]], strict: bool | None = None, quick: bool = False
-) -> dict[Hashable, CaptionScores]:
+    candidates: dict[Name, list[str]], references: list[list[str]], strict: bool | None = None, quick: bool = False
+) -> dict[Name, CaptionScores]:
     """Score many systems (or seeds) on the same references: all text is tokenised in one go and each Java tool starts once.
 
     Args:
@@ -100,8 +102,8 @@ def score_systems(
 
 
 def score_lists(
-    lists: dict[Hashable, tuple[list[str], list[list[str]]]], strict: bool | None = None, quick: bool = False
-) -> dict[Hashable, CaptionScores]:
+    lists: dict[Name, tuple[list[str], list[list[str]]]], strict: bool | None = None, quick: bool = False
+) -> dict[Name, CaptionScores]:
     """The same where each list of candidates brings its own references; each keeps its own IDF.
 
     Args:
@@ -170,7 +172,7 @@ def _complete(scores: CaptionScores, reasons: dict[str, str], n_items: int) -> C
     return CaptionScores(corpus | {metric: math.nan for metric in scores.reasons}, clips, scores.reasons, scores.counts)
 
 
-def _tokenise(java: Java, lists: dict) -> dict[Hashable, tuple[list[str], list[list[str]]]]:
+def _tokenise(java: Java, lists: dict[Name, tuple[list[str], list[list[str]]]]) -> dict[Name, tuple[list[str], list[list[str]]]]:
     """The same lists in PTB tokens; every different caption is tokenised once, all by one call."""
     captions = list(dict.fromkeys(caption for given, references in lists.values() for group in (given, *references) for caption in group))
     tokens = dict(zip(captions, ptb_tokenize(java, captions), strict=True))
@@ -215,7 +217,7 @@ def bleu_from_counts(sums: NDArray, n: int) -> NDArray:
     return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
-def _score_meteor(java: Java, lists: dict, parts: dict[Hashable, CaptionScores]) -> None:
+def _score_meteor(java: Java, lists: dict, parts: dict[Name, CaptionScores]) -> None:
     """METEOR of tokenised captions by one process; a caption that several systems gave a clip is matched once."""
     known: dict[tuple[str, ...], str] = {}
     found = {}
@@ -231,7 +233,7 @@ def _score_meteor(java: Java, lists: dict, parts: dict[Hashable, CaptionScores])
         parts[key].corpus["meteor"], parts[key].clips["meteor"], parts[key].counts["meteor"] = value, segments, counts
 
 
-def _score_spice(java: Java, lists: dict, parts: dict[Hashable, CaptionScores]) -> None:
+def _score_spice(java: Java, lists: dict, parts: dict[Name, CaptionScores]) -> None:
     """SPICE of tokenised captions by one process."""
     candidates = [caption for given, _ in lists.values() for caption in given]
     scores = spice(java, candidates, [of_clip for _, references in lists.values() for of_clip in references])
@@ -270,7 +272,7 @@ def sentence_vectors(sentences: list[str], batch_size: int = 64) -> torch.Tensor
     return vectors
 
 
-def _score_sbert(lists: dict, parts: dict[Hashable, CaptionScores]) -> None:
+def _score_sbert(lists: dict, parts: dict[Name, CaptionScores]) -> None:
     """Cosine of each candidate with its references, mean over the references [peer: aac-metrics]; untokenised text, no Java."""
     captions = list(dict.fromkeys(caption for given, references in lists.values() for group in (given, *references) for caption in group))
     place, vectors = {caption: i for i, caption in enumerate(captions)}, sentence_vectors(captions).double()

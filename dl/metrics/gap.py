@@ -46,12 +46,12 @@ DIRECTION = {    # which side is better; a metric that is missing here has no be
 
 
 # ------------------------------------------------------------------------------------- 1-3: cosines, centroids, relative gap
-def pair_cosine(audio, text, weights=None) -> NDArray:
+def pair_cosine(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """sum_i w_i cos(a_i, t_i), in -1..1. [similarity of matched pairs; (paper~) one of its two criteria]"""
     return weighted_mean(np.einsum("id,id->i", as_array(audio), as_array(text)), weights)
 
 
-def nonpair_cosine(audio, text, weights=None) -> NDArray:
+def nonpair_cosine(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """Mean of cos(a_i, t_j) over i != j, in -1..1."""
     audio, text = as_array(audio), as_array(text)
     rows = weight_rows(weights, len(audio))
@@ -59,20 +59,21 @@ def nonpair_cosine(audio, text, weights=None) -> NDArray:
     return off_diagonal_mean(rows, total, np.einsum("id,id->i", audio, text))
 
 
-def cosine_margin(audio, text, weights=None) -> NDArray:
+def cosine_margin(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """pair_cosine - nonpair_cosine: a map that sends everything to one point gains the first and nothing here. [ours]"""
     return pair_cosine(audio, text, weights) - nonpair_cosine(audio, text, weights)
 
 
-def centroid_gap(audio, text, weights=None) -> NDArray:
+def centroid_gap(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """||sum_i w_i a_i - sum_i w_i t_i||, in 0..2. [Liang et al., NeurIPS 2022]
 
     It is the gap of *these* n clips: were there none at all, sampling would still leave about sqrt(tr S / n), S = cov(a_i - t_i).
     """
-    return np.linalg.norm(weight_rows(weights, len(audio)) @ (as_array(audio) - as_array(text)), axis=1)
+    gaps = as_array(audio) - as_array(text)
+    return np.linalg.norm(weight_rows(weights, len(gaps)) @ gaps, axis=1)
 
 
-def rmg(audio, text, weights=None) -> NDArray:
+def rmg(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """Relative modality gap P / (P + (W_a + W_t) / 2), in 0..1. [Schrodi et al., ICLR 2025]
 
     d = (1 - cos) / 2; P = sum_i w_i d(a_i, t_i); W_a, W_t = mean of d over i != j inside a modality.
@@ -88,12 +89,12 @@ def rmg(audio, text, weights=None) -> NDArray:
 
 
 # --------------------------------------------------------------------------------------------------- 4: can they be told apart
-def separability(audio, text, weights=None, seed: int = 0) -> dict[str, NDArray]:
+def separability(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None, seed: int = 0) -> dict[str, NDArray]:
     """``separability_accuracy`` and ``separability_auc`` of ``separability_functions``, (R,) each."""
     return {name: function(weights) for name, function in separability_functions(audio, text, seed).items()}
 
 
-def separability_functions(audio, text, seed: int = 0) -> dict[str, GapFunction]:
+def separability_functions(audio: ArrayLike, text: ArrayLike, seed: int = 0) -> dict[str, GapFunction]:
     """Accuracy and AUC of a logistic regression that tells a from t on clips it was not fitted on (0.5 = closed).
 
     Clips are split into two halves by ``seed``; a clip's two vectors stay together; each half is judged by the other half's
@@ -115,7 +116,7 @@ def separability_functions(audio, text, seed: int = 0) -> dict[str, GapFunction]
     difference = text_score[:, None] - audio_score[None]
     wins = ((difference > 0) + 0.5 * (difference == 0)) * (fold[:, None] == fold[None])
 
-    def auc(weights=None) -> NDArray:
+    def auc(weights: ArrayLike | None = None) -> NDArray:
         rows = weight_rows(weights, n)
         second_half = rows @ fold
         return quadratic(rows, wins) / (second_half**2 + (1 - second_half) ** 2)
@@ -124,7 +125,7 @@ def separability_functions(audio, text, seed: int = 0) -> dict[str, GapFunction]
 
 
 # --------------------------------------------------------------------------------------------- 5-7: distances of distributions
-def frechet_distance(audio, text, weights=None) -> NDArray:
+def frechet_distance(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """||mu_a - mu_t||^2 + tr(C_a + C_t - 2 (C_a^(1/2) C_t C_a^(1/2))^(1/2)), >= 0. [Heusel et al., NeurIPS 2017]
 
     C <- (1 - s) C + s (tr C / D) I, with s of Ledoit and Wolf (2004) for each set, from all its items (n is near D). Its floor is
@@ -151,13 +152,13 @@ def _shrunk(covariance: NDArray, shrinkage: float) -> NDArray:
     return (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / d * np.eye(d)
 
 
-def median_bandwidth(text) -> float:
+def median_bandwidth(text: ArrayLike) -> float:
     """sigma = median of ||t_i - t_j|| over i < j, of the raw texts: one value for all systems. [the median heuristic]"""
     distances = squared_distances(as_array(text), as_array(text))
     return float(np.sqrt(np.median(distances[np.triu_indices(len(distances), 1)])))
 
 
-def mmd2(audio, text, bandwidth: float, weights=None) -> NDArray:
+def mmd2(audio: ArrayLike, text: ArrayLike, bandwidth: float, weights: ArrayLike | None = None) -> NDArray:
     """Squared maximum mean discrepancy, unbiased: mean over i != j of k(a_i, a_j) + k(t_i, t_j) - k(a_i, t_j) - k(a_j, t_i).
 
     k(x, y) = exp(-||x - y||^2 / (2 sigma^2)), sigma = ``bandwidth``. [Gretton et al., JMLR 2012, lemma 6, in its form for equal
@@ -170,12 +171,12 @@ def mmd2(audio, text, bandwidth: float, weights=None) -> NDArray:
     return off_diagonal_mean(rows, quadratic(rows, h), np.diag(h))
 
 
-def alignment(audio, text, weights=None) -> NDArray:
+def alignment(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """sum_i w_i ||a_i - t_i||^2, in 0..4. [Wang & Isola, ICML 2020, alpha = 2]"""
     return weighted_mean(((as_array(audio) - as_array(text)) ** 2).sum(1), weights)
 
 
-def uniformity(audio, weights=None) -> NDArray:
+def uniformity(audio: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """log of the mean over i != j of exp(-2 ||a_i - a_j||^2), <= 0; 0 = all at one point. [Wang & Isola, ICML 2020, t = 2]"""
     audio = as_array(audio)
     rows = weight_rows(weights, len(audio))
@@ -184,7 +185,7 @@ def uniformity(audio, weights=None) -> NDArray:
 
 
 # -------------------------------------------------------------------------------------------------- 10: the gap as one vector
-def gap_length(audio, text, weights=None, group_size: int = 100) -> NDArray:
+def gap_length(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None, group_size: int = 100) -> NDArray:
     """Length of the mean gap over a group of pairs: sqrt(||g||^2 + tr S / group_size). [C3: Zhang et al., ICLR 2024; our reading]
 
     g = mean of a_i - t_i, S = their covariance. C3's published analysis shuffles the pairs once, averages the gap over groups of
@@ -195,7 +196,7 @@ def gap_length(audio, text, weights=None, group_size: int = 100) -> NDArray:
     return np.sqrt(squared + spread / group_size)
 
 
-def direction_consistency(audio, text, weights=None, group_size: int = 100) -> NDArray:
+def direction_consistency(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None, group_size: int = 100) -> NDArray:
     """Cosine between the mean gaps of two groups of pairs: ||g||^2 / (||g||^2 + tr S / group_size), in 0..1. [C3; our reading]
 
     As a ratio of expectations, for groups as in ``gap_length``; near 1: the gap is one constant vector.
@@ -204,7 +205,7 @@ def direction_consistency(audio, text, weights=None, group_size: int = 100) -> N
     return squared / (squared + spread / group_size)
 
 
-def _mean_gap(audio, text, weights) -> tuple[NDArray, NDArray]:
+def _mean_gap(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None) -> tuple[NDArray, NDArray]:
     """||g||^2 and tr S of the gap vectors a_i - t_i; (R,) each."""
     gaps = as_array(audio) - as_array(text)
     rows = weight_rows(weights, len(gaps))
@@ -212,7 +213,7 @@ def _mean_gap(audio, text, weights) -> tuple[NDArray, NDArray]:
     return squared, np.maximum(rows @ (gaps**2).sum(1) - squared, 0)
 
 
-def orthogonality(audio, text, weights=None) -> NDArray:
+def orthogonality(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """sum_i w_i |cos(a_i - mean a, g)|, in 0..1; 0: the gap stands across what audio vectors differ in. [C3; our reading]
 
     C3 plots the signed cosine of differences of audio vectors, whose mean is 0 by symmetry; the size is what can be compared.
@@ -225,7 +226,7 @@ def orthogonality(audio, text, weights=None) -> NDArray:
     return np.einsum("ri,ir->r", rows, np.abs(along) / length / np.maximum(np.linalg.norm(gap, axis=1), 1e-12))
 
 
-def share_toward_text(audio, text, raw_audio, weights=None) -> NDArray:
+def share_toward_text(audio: ArrayLike, text: ArrayLike, raw_audio: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """Share of clips whose vector moved along mean_t - mean_a: (a_i - raw_i) . (mean_t - mean_raw) > 0. [ours: claim C2]"""
     audio, text, raw_audio = as_array(audio), as_array(text), as_array(raw_audio)
     moved = (audio - raw_audio) @ (text.mean(0) - raw_audio.mean(0)) > 0
@@ -256,6 +257,12 @@ class Reference:
     exclude: NDArray | None = None
 
 
+PAIRED = (       # metrics of the two sets alone, function(audio, text, weights)
+    pair_cosine, nonpair_cosine, cosine_margin, centroid_gap, rmg, alignment, gram_correlation, linear_cka, gap_length, direction_consistency,
+    orthogonality, frechet_distance, knn_overlap,
+)
+
+
 def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: ArrayLike | None = None) -> dict[str, NDArray]:
     """All ten groups of one set of vectors.
 
@@ -274,11 +281,7 @@ def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: ArrayLike |
 def gap_functions(audio_emb: ArrayLike, reference: Reference) -> dict[str, GapFunction]:
     """The same before it is weighted: each metric as a function of ``weights`` alone; rankings and classifiers are made here, once."""
     audio, text = as_array(audio_emb), as_array(reference.text)
-    functions: dict[str, GapFunction] = {
-        metric.__name__: partial(metric, audio, text)
-        for metric in (pair_cosine, nonpair_cosine, cosine_margin, centroid_gap, rmg, alignment, gram_correlation, linear_cka, gap_length,
-                       direction_consistency, orthogonality, frechet_distance, knn_overlap)
-    }
+    functions: dict[str, GapFunction] = {metric.__name__: partial(metric, audio, text) for metric in PAIRED}
     functions |= {metric.__name__: partial(metric, audio) for metric in (uniformity, effective_rank)}
     functions["mmd2"] = partial(mmd2, audio, text, reference.bandwidth)
     if reference.raw_audio is not None:

@@ -7,6 +7,7 @@ METEOR equal to pycocoevalcap's own wrappers.
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -81,7 +82,7 @@ def jar(folder: str, name: str) -> Path:
         JavaError: it is absent.
     """
     spec = importlib.util.find_spec("pycocoevalcap")
-    path = Path(spec.submodule_search_locations[0], folder, name) if spec else None
+    path = Path(spec.submodule_search_locations[0], folder, name) if spec and spec.submodule_search_locations else None
     if path is None or not path.is_file():
         raise JavaError(f"pycocoevalcap's {name} is missing: pip install --force-reinstall --no-deps pycocoevalcap==1.2")
     return path
@@ -180,10 +181,9 @@ class Meteor:
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self._errors):
-            try:
-                stream.close()
-            except BrokenPipeError:                       # what a dead process never read
-                pass
+            with contextlib.suppress(BrokenPipeError):    # what a dead process never read
+                if stream is not None:
+                    stream.close()
 
     def statistics(self, candidate: str, references: list[str]) -> str:
         """METEOR's line of 23 figures for one tokenised candidate and its best tokenised reference."""
@@ -199,13 +199,15 @@ class Meteor:
         return float(answers[-1]), np.array(answers[:-1], dtype=float)
 
     def _ask(self, line: str, n_answers: int) -> list[str]:
-        if self.process.stdin.closed:
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None and stdout is not None        # both are pipes
+        if stdin.closed:
             raise JavaError("METEOR was closed: start another one")
         self._asked = time.monotonic()
         try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-            answers = [self.process.stdout.readline().strip() for _ in range(n_answers)]
+            stdin.write(line + "\n")
+            stdin.flush()
+            answers = [stdout.readline().strip() for _ in range(n_answers)]
         except BrokenPipeError:
             answers = [""]
         finally:

@@ -4,7 +4,7 @@ The weighted means that all gap metrics share stand here too; ``dl.metrics.gap``
 """
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -124,12 +124,14 @@ def ranking_scores(ranking: NDArray, relevant: NDArray) -> dict[str, NDArray]:
     return {name: np.where(count > 0, value, np.nan) for name, value in scores.items()}
 
 
-def retrieval(audio, gallery, gallery_clip, weights=None, labels=None, exclude=None) -> dict[str, NDArray]:
+def retrieval(audio: ArrayLike, gallery: ArrayLike, gallery_clip: ArrayLike, weights: ArrayLike | None = None,
+              labels: Sequence[Iterable[str]] | None = None, exclude: ArrayLike | None = None) -> dict[str, NDArray]:
     """``retrieval_scores``, weighted: the gallery stays whole while ``weights`` (R, n) weight the clips that ask; name -> (R,) in 0..1."""
     return {name: weighted_mean(score, weights) for name, score in retrieval_scores(audio, gallery, gallery_clip, labels, exclude).items()}
 
 
-def retrieval_scores(audio, gallery, gallery_clip, labels=None, exclude=None) -> dict[str, NDArray]:
+def retrieval_scores(audio: ArrayLike, gallery: ArrayLike, gallery_clip: ArrayLike, labels: Sequence[Iterable[str]] | None = None,
+                     exclude: ArrayLike | None = None) -> dict[str, NDArray]:
     """Both directions; ``label_`` in front: captions (clips) with the same set of labels count as relevant too.
 
     Audio to text: clip i asks the whole gallery, hits are its own captions. Text to audio: each caption asks the n clips, the hit is
@@ -173,7 +175,7 @@ def retrieval_scores(audio, gallery, gallery_clip, labels=None, exclude=None) ->
 
 
 # ------------------------------------------------------------------------------------------------------------------ 9: topology
-def gram_correlation(audio, text, weights=None) -> NDArray:
+def gram_correlation(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """Pearson correlation of cos(a_i, a_j) with cos(t_i, t_j) over i != j, in -1..1. [ours: what L_topo asks for]"""
     audio, text = as_array(audio), as_array(text)
     a, t, rows = audio @ audio.T, text @ text.T, weight_rows(weights, len(audio))
@@ -185,7 +187,7 @@ def gram_correlation(audio, text, weights=None) -> NDArray:
     return (mean(a * t) - mean_a * mean_t) / np.sqrt((mean(a * a) - mean_a**2) * (mean(t * t) - mean_t**2))
 
 
-def linear_cka(audio, text, weights=None) -> NDArray:
+def linear_cka(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """||A^T T||_F^2 / (||A^T A||_F ||T^T T||_F) of the centred sets, in 0..1. [Kornblith et al., ICML 2019]
 
     In Gram form, so that a weighting costs O(n^2): with K = A A^T, L = T T^T,
@@ -202,7 +204,7 @@ def linear_cka(audio, text, weights=None) -> NDArray:
     return hsic(k, l, rows_k, rows_l) / np.sqrt(hsic(k, k, rows_k, rows_k) * hsic(l, l, rows_l, rows_l))
 
 
-def knn_overlap(audio, text, weights=None, k: int = 10) -> NDArray:
+def knn_overlap(audio: ArrayLike, text: ArrayLike, weights: ArrayLike | None = None, k: int = 10) -> NDArray:
     """sum_i w_i |N_k(a_i) & N_k(t_i)| / k, in 0..1; N_k = the k nearest clips in the item's own modality. [Huh et al., ICML 2024]"""
     audio, text = as_array(audio), as_array(text)
     member = np.zeros((2, len(audio), len(audio)), dtype=bool)
@@ -213,7 +215,7 @@ def knn_overlap(audio, text, weights=None, k: int = 10) -> NDArray:
     return weighted_mean((member[0] & member[1]).sum(1) / k, weights)
 
 
-def effective_rank(audio, weights=None) -> NDArray:
+def effective_rank(audio: ArrayLike, weights: ArrayLike | None = None) -> NDArray:
     """exp(-sum_k p_k log p_k), p = covariance eigenvalues over their sum, in 1..D. [Roy & Vetterli, 2007, on the covariance]"""
     audio = as_array(audio)
 

@@ -5,10 +5,12 @@
 """
 from __future__ import annotations
 
+from typing import Any
+
 from dl.peers import closed_form, trained
 from dl.peers.base import Peer, centre, uncentre
 
-REGISTRY: dict[str, type] = {
+REGISTRY: dict[str, type[Peer]] = {
     "raw": closed_form.Raw,
     "mean_shift": closed_form.MeanShift,
     "c3": closed_form.C3,
@@ -24,7 +26,7 @@ REGISTRY: dict[str, type] = {
 }
 
 
-def build(name: str, **hyper_parameters) -> Peer:
+def build(name: str, **hyper_parameters: Any) -> Peer:
     """Make the system called ``name``, unfitted.
 
     Raises:

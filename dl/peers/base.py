@@ -6,6 +6,8 @@ means of the training audio and text vectors; a clip counts once in mean_a, a ca
 """
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -51,7 +53,7 @@ class Peer:
     text_mean: Tensor
     text_radius: float
 
-    def fit(self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0, **context) -> Peer:
+    def fit(self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0, **context: Any) -> Peer:
         """Take what the method needs from the training split.
 
         Args:
@@ -76,6 +78,16 @@ class Peer:
     def _map(self, audio: Tensor) -> Tensor:
         """The map before its last normalisation; (B, D) float64 -> (B, D) float64."""
         return audio
+
+    def set_inference(self, **values: Any) -> Peer:
+        """Change how a fitted peer is called (k*, n, add_noise); a closed form has nothing to change.
+
+        Raises:
+            ValueError: the method has no such setting.
+        """
+        if values:
+            raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(values))}: only trained peers change at a call")
+        return self
 
     def __call__(self, audio_emb: Tensor, noise_seed: int = 0, space: str = "text") -> Tensor:
         """Map audio vectors.

@@ -84,7 +84,7 @@ class ReAlign(Peer):
 class Linear(Peer):
     """A linear map between the centred modalities: norm(mean_t + (a - mean_a) M); ``_fit`` finds M, (D, D)."""
 
-    fitted = ("audio_mean", "text_mean", "matrix")
+    fitted: tuple[str, ...] = ("audio_mean", "text_mean", "matrix")
     matrix: Tensor
 
     def _map(self, audio: Tensor) -> Tensor:
@@ -126,6 +126,9 @@ class Memory(Peer):
 
     def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
         self.memory = text.float()
+
+    def _read(self, cosines: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def _map(self, audio: Tensor) -> Tensor:
         return torch.cat([self._read(rows @ self.memory.T) for rows in audio.float().split(256)])

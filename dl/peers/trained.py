@@ -6,9 +6,9 @@ its recipe changes. k*, n and add_noise act at a call only: ``set_inference`` ch
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,8 +26,7 @@ from dl.peers.base import Peer, centre, uncentre
 class TrainedPeer(Peer):
     """What the trained peers share: hyper-parameters, a resumable fit, a seeded call.
 
-    A method adds ``loss_fn(audio, text, text_clip)``, which gives the function that draws a batch and computes its losses, and
-    ``_bridge(audio, generator)``, the map (B, D) -> (B, D) float32, unit norm in and out.
+    A method adds :meth:`loss_fn` and :meth:`_bridge`.
 
     Args:
         hyper_parameters: fields of ``BridgeConfig``; what is not given comes from the class's ``defaults``.
@@ -49,10 +48,10 @@ class TrainedPeer(Peer):
     network: nn.Module
     history: pd.DataFrame
 
-    def __init__(self, **hyper_parameters) -> None:
+    def __init__(self, **hyper_parameters: Any) -> None:
         self.config = replace(self.defaults, **hyper_parameters)
 
-    def set_inference(self, **values) -> TrainedPeer:
+    def set_inference(self, **values: Any) -> TrainedPeer:
         """Change start_timestep, num_inference_steps or add_noise; the fit stays.
 
         Raises:
@@ -65,7 +64,7 @@ class TrainedPeer(Peer):
 
     def fit(
         self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0,
-        checkpoint_path: str | Path | None = None, progress: bool = False, **context,
+        checkpoint_path: str | Path | None = None, progress: bool = False, **context: Any,
     ) -> TrainedPeer:
         """Train on the training split.
 
@@ -98,6 +97,14 @@ class TrainedPeer(Peer):
             self.network, self.loss_fn(audio, text, text_clip), config, seed=seed, checkpoint_path=checkpoint_path,
             identity={"recipe": [type(self).__name__, Path(__file__)], "data": [audio, text, text_clip]}, progress=progress, betas=self.betas,
         )
+
+    def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
+        """The function that draws a batch of (n, D), (m, D), (m,) and computes its losses."""
+        raise NotImplementedError
+
+    def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
+        """The map (B, D) -> (B, D) float32, unit norm in and out."""
+        raise NotImplementedError
 
     def condition_dim(self, embed_dim: int) -> int:
         """Width of the vector that the network takes beside the sample; 0 for none."""
@@ -132,7 +139,9 @@ class DiffusionLinkPeer(TrainedPeer):
     source = "Nam et al. 2025 (Diffusion-Link, arXiv 2510.11330), as far as it is known"
     link: DiffusionLink
 
-    def _train(self, audio, text, text_clip, seed, checkpoint_path, progress, context) -> None:
+    def _train(
+        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
+    ) -> None:
         self.link, self.history = train_bridge(
             self.config, audio, text, text_clip, seed=seed, checkpoint_path=checkpoint_path, progress=progress, val=context.get("val"),
         )
@@ -161,7 +170,9 @@ class TextToAudio(DiffusionLinkPeer):
 
     source = "Diffusion-Link's recipe, roles swapped"
 
-    def _train(self, audio, text, text_clip, seed, checkpoint_path, progress, context) -> None:
+    def _train(
+        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
+    ) -> None:
         context = {**context, "val": context["val"][::-1]} if context.get("val") else context
         rows = torch.arange(len(text))
         super()._train(text, audio[text_clip.to(audio.device)], rows, seed, checkpoint_path, progress, context)
@@ -288,7 +299,7 @@ def _noise(x: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> t
     return x, standard_normal(x.shape, generator, x.device), timesteps
 
 
-REGISTRY: dict[str, Callable[..., TrainedPeer]] = {
+REGISTRY: dict[str, type[TrainedPeer]] = {
     "regression_mlp": RegressionMLP,
     "regression_mlp_topology": RegressionMLPTopology,
     "diffusion_bridge": DiffusionBridge,

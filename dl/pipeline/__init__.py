@@ -1,1 +1,1 @@
-"""``./run_all.sh``: ``stages`` knows what has changed, ``runner`` runs it, ``check`` looks at the environment."""
+"""``./run_all.sh``: ``stages`` knows what has changed, ``notebook`` what a notebook reads, ``runner`` runs it, ``check`` looks at the environment."""

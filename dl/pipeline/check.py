@@ -108,6 +108,10 @@ def encoder(profile: Profile) -> str:
             raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
         return f"{name}, through transformers"
     if not _cached(name):
+        from dl.encoder.clap import ENCODERS
+
+        if name in ENCODERS:
+            return f"{name}, {ENCODERS[name][0]}"
         raise Missing(f"{name} in the local cache{todo}")
     return f"{name} (local cache), through transformers"
 

@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from dl.pipeline.check import OWN_PATHS, missing_assets
-from dl.pipeline.stages import METRICS, Run, Stage, StageError, parameter_names
+from dl.pipeline.notebook import StageError, parameter_names
+from dl.pipeline.stages import METRICS, Run, Stage
 
 HEADLINE_SYSTEMS = ("raw", "ridge", "diffusion_bridge", "seed", "diffusion_link", "diffusion_link_ddim")
 CAPTION_STAGES = ("07", "08", "11", "A3")      # they open the language model
@@ -172,7 +173,8 @@ def run_stages(run: Run, only: list[str] | None = None, start: str | None = None
     Returns:
         Exit code: 0 done, 1 a stage failed, 2 a wrong call or a second run at the same time, 130 (143) interrupted.
     """
-    began, done = time.monotonic(), {"run": [], "skipped": []}
+    began = time.monotonic()
+    done: dict[str, list[str]] = {"run": [], "skipped": []}
     try:
         stages = run.chosen(only, start)
         if not stages:

@@ -5,6 +5,8 @@ paired difference, a hollow one does not; the base is a diamond, its interval a 
 """
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -12,13 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dl.metrics import ARROWS, TITLES
 from dl.metrics.gap import DIRECTION
-from dl.plots.comparison import TITLES
 from dl.plots.gap import LINES
 from dl.plots.style import COLOURS, PAGE, house_style, panels
 from dl.studies.ablation_table import METRICS, beyond
 
-ARROWS = {"higher": " ↑", "lower": " ↓"}
 PAIR_LINES = {"diffusion_link": (COLOURS["bridged"], "^", "-"), "regression_mlp": ("#000000", "o", "--"), "ridge": ("#CC79A7", "s", ":")}
 
 
@@ -34,7 +35,7 @@ def variants(rows: pd.DataFrame) -> pd.DataFrame:
 
 def legend_handles() -> list[Line2D]:
     """What the markers mean."""
-    mark = {"marker": "o", "linestyle": "", "color": "black", "markersize": 4}
+    mark: dict[str, Any] = {"marker": "o", "linestyle": "", "color": "black", "markersize": 4}
     return [Line2D([], [], **mark | {"marker": "D", "color": COLOURS["bridged"]}, label="base"),
             Line2D([], [], **mark, label="differs from the base beyond its interval"),
             Line2D([], [], **mark, markerfacecolor="white", label="does not")]
@@ -84,7 +85,7 @@ def _stacked(rows: pd.DataFrame, names: list[str]) -> tuple[Figure, pd.DataFrame
     data = variants(rows[rows.name.isin(names)])
     figure, axes = panels(len(METRICS), height=0.8 + 0.16 * (len(data) / len(METRICS) + len(names) * (len(names) > 1)), sharey=True)
     ticks: dict[float, str] = {}
-    y = 0
+    y = 0.0
     for name in names:
         if len(names) > 1:
             y -= 1

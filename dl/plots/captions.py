@@ -8,13 +8,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
+from dl.metrics import TITLES
 from dl.plots.comparison import SYSTEM_MARKERS, system_colour
 from dl.plots.gap import LINES
 from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
 from dl.results import SYSTEMS
 
-CAPTION_TITLES = {"bleu_4": "BLEU-4", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider_d": "CIDEr-D", "spice": "SPICE", "spider": "SPIDEr",
-                  "sbert_sim": "SBERT similarity"}
 MARKS = SYSTEM_MARKERS | {"text_ceiling": "s"}
 
 
@@ -68,7 +67,7 @@ def plot_caption_scores(frame: pd.DataFrame, experiment: str, metrics: list[str]
             y = len(lines) - lines.index((row.system, row.space))
             axis.plot([row.ci_low, row.ci_high], [y, y], color=system_colour(row.system), linewidth=1.5)
             axis.plot(row.value, y, marker=MARKS.get(row.system, "^"), color=system_colour(row.system), markersize=5)
-        axis.set(xlabel=CAPTION_TITLES.get(metric, metric), ylim=(0.4, len(lines) + 0.6))
+        axis.set(xlabel=TITLES.get(metric, metric), ylim=(0.4, len(lines) + 0.6))
         axis.grid(axis="y", color="#EEEEEE", linewidth=0.6)
         axis.locator_params(axis="x", nbins=4)
     axes[0].set_yticks(range(len(lines), 0, -1), [system + ("" if space == "text" else f" ({space})") for system, space in lines])

@@ -4,13 +4,10 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dl.metrics import TITLES
 from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
 from dl.results import SYSTEMS
 
-TITLES = {
-    "pair_cosine": "pair cosine", "centroid_gap": "centroid gap", "rmg": "RMG", "recall_at_10": "R@10",
-    "effective_rank": "effective rank",
-}
 SYSTEM_MARKERS = {"raw": "o", "text_floor": "s", "diffusion_link": "D", "diffusion_link_ddim": "d"}
 BOUNDS = ("text_floor", "text_ceiling")
 

@@ -1,10 +1,14 @@
 """Figures of notebooks 00-02 and A1: toys in the plane, recordings, scenes, what the encoder aligns."""
 from __future__ import annotations
 
+from typing import cast
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.artist import Artist
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from scipy.signal import spectrogram
 
@@ -21,10 +25,11 @@ def plot_circles(stages: dict[str, dict[str, np.ndarray]], links: bool = True) -
         links: join the i-th points of a panel's first two roles by a grey line (pairs).
     """
     figure, axes = panels(len(stages), width=COLUMN if len(stages) == 1 else PAGE, height=2.7)
-    handles = {}
+    handles: dict[str, Artist] = {}
     for axis, (title, points) in zip(axes, stages.items(), strict=True):
         axis.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, linewidth=0.6, linestyle=":"))
-        scatter_roles(axis, points, tuple(points)[:2] if links else None)
+        roles = list(points)
+        scatter_roles(axis, points, (roles[0], roles[1]) if links else None)
         axis.set(title=title, xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", xlabel="coordinate 1", ylabel="coordinate 2")
         handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
@@ -47,7 +52,9 @@ def plot_recordings(recordings: pd.DataFrame) -> Figure:
     sns.histplot(frame, y="category", hue="split", hue_order=["test", "val", "train"], multiple="stack", discrete=True, shrink=0.8,
                  palette=["#000000", GREY, "#D9D9D9"], alpha=1, linewidth=0, ax=axis)
     axis.set(xlabel="recordings", ylabel="")
-    axis.get_legend().set_title("")
+    legend = axis.get_legend()
+    assert legend is not None                         # histplot made one for the hue
+    legend.set_title("")
     return figure
 
 
@@ -122,8 +129,8 @@ def plot_alignment(cosines: pd.DataFrame, recalls: pd.DataFrame) -> Figure:
     sns.move_legend(left, "upper left", title="")
     left.set_ylim(top=left.get_ylim()[1] * 1.35)
     sns.barplot(recalls, y="clips", x="value", hue="metric", palette=["#D9D9D9", COLOURS["audio"]], saturation=1, ax=right)
-    for container in right.containers:
-        right.bar_label(container, fmt="%.2f", fontsize=7, padding=2)
+    for bars in right.containers:
+        right.bar_label(cast(BarContainer, bars), fmt="%.2f", fontsize=7, padding=2)
     for metric, line in zip(recalls.metric.unique(), ("--", ":"), strict=False):
         right.axvline(recalls.chance[recalls.metric == metric].iloc[0], color="black", linewidth=0.7, linestyle=line, label=f"{metric} by chance")
     right.set(xlabel="share of clips found", ylabel="", xlim=(0, 1))
@@ -144,7 +151,7 @@ def plot_encoder_training(history: pd.DataFrame) -> Figure:
     left.set(xlabel="epoch", ylabel="InfoNCE (nats)", ylim=(0, None))
     for column, marker, line in (("recall_at_10", "o", "-"), ("recall_at_1", "s", "--")):
         right.plot(history.epoch, history[column], marker=marker, linestyle=line, color=COLOURS["audio"], label=column.replace("recall_at_", "R@"))
-    right.set(xlabel="epoch", ylabel="recall on val", ylim=(0, 1))
+    right.set(xlabel="epoch", ylabel="recall on val", xlim=left.get_xlim(), ylim=(0, 1))
     right.legend()
     return figure
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -9,11 +10,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from dl.metrics import TITLES
 from dl.plots.style import COLOURS, GREY, MARKERS, PAGE, house_style, panels, scatter_roles
 
 # --------------------------------------------------------------------------------- 03-05: the gap, the bridge, the way across
-METRIC_NAMES = {"pair_cosine": "pair cosine", "cosine_margin": "cosine margin", "centroid_gap": "centroid gap", "rmg": "RMG",
-                "recall_at_10": "R@10", "effective_rank": "effective rank"}
 LINES = (("#000000", "o", "-"), ("#CC79A7", "s", "--"), ("#56B4E9", "^", "-."), ("#D55E00", "D", ":"))   # for what has no role
 
 
@@ -32,11 +32,12 @@ def plot_planes(planes: dict[str, dict[str, np.ndarray]], axis_names: dict[str, 
     figure, axes = panels(len(planes), height=2.7 if len(planes) < 4 else 2.1)
     for axis, (title, points) in zip(axes, planes.items(), strict=True):
         scatter_roles(axis, points, size=size)
-        if title in (arrows or {}):
+        if arrows and title in arrows:
             start, end = arrows[title]
             axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#404040", width=0.003, headwidth=5, zorder=3)
         for role, xy in points.items() if title not in without_centroids else ():
-            axis.scatter(*np.mean(xy, 0), s=70, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
+            x, y = np.mean(xy, 0)
+            axis.scatter(x, y, s=70, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
         repeated = axis is not axes[0] and len(set(axis_names.values())) == 1
         axis.set(title=title, xlabel=axis_names[title][0], ylabel="" if repeated else axis_names[title][1])
         axis.set_aspect("equal", adjustable="datalim")
@@ -151,7 +152,8 @@ def plot_crossing(plane: dict[str, np.ndarray], planes: dict[str, dict[str, np.n
         axis.set_aspect("equal", adjustable="datalim")
     for axis, points in ((main, plane), *zip(others, planes.values(), strict=True)):
         for role, size in zip(on_top, (60, 80, 40), strict=False) if axis.get_title() not in without_centroids else ():
-            axis.scatter(*np.mean(points[role], 0), s=size, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
+            x, y = np.mean(points[role], 0)
+            axis.scatter(x, y, s=size, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
     handles = dict(zip(*main.get_legend_handles_labels()[::-1], strict=True))
     figure.legend([handles[role] for role in plane], list(plane), loc="outside lower center", ncols=len(plane), markerscale=1.5)
     return figure
@@ -166,7 +168,8 @@ def plot_trajectory(frame: pd.DataFrame, caption: str) -> Figure:
         caption: the clip's own, above the figure; where it is the nearest, it stands in bold.
     """
     figure, axis = plt.subplots(figsize=(PAGE, 0.21 * len(frame) + 1.0), layout="constrained")
-    rows, place = np.arange(len(frame)), {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7, "annotation_clip": False}
+    rows = np.arange(len(frame))
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 7, "annotation_clip": False}
     axis.plot(frame.nearest_cosine, rows, color=COLOURS["text"], marker=MARKERS["text"], linestyle="--", label="cosine with the nearest caption")
     axis.plot(frame.own_cosine, rows, color=COLOURS["bridged"], marker=MARKERS["bridged"], label="cosine with its own caption")
     for row, stop in zip(rows, frame.itertuples(), strict=True):
@@ -193,7 +196,7 @@ def plot_maps(frame: pd.DataFrame) -> Figure:
     for axis, metric in zip(axes, metrics, strict=True):
         axis.hlines(rows, 0, frame[metric], color=GREY, linewidth=0.8)
         axis.plot(frame[metric], rows, "o", color="black", clip_on=False)
-        axis.set(xlabel=METRIC_NAMES[metric], yticks=rows, yticklabels=frame["map"], ylim=(-0.6, len(frame) - 0.4))
+        axis.set(xlabel=TITLES[metric], yticks=rows, yticklabels=frame["map"], ylim=(-0.6, len(frame) - 0.4))
         axis.set_xlim(0, 1.15 * max(frame[metric].max(), 0.01))
         axis.tick_params(axis="y", length=0)
     return figure
@@ -243,7 +246,7 @@ def plot_start_steps(frame: pd.DataFrame, raw: pd.DataFrame, chosen: int | None 
         raw: one row, the same metrics of the raw audio vectors (dotted line).
         chosen: the start step in use, marked by a vertical line.
     """
-    metrics = [column for column in frame if column in METRIC_NAMES]
+    metrics = [column for column in frame if column in TITLES]
     figure, axes = plt.subplots(2, 3, figsize=(PAGE, 3.7), layout="constrained")
     for axis, metric in zip(axes.flat, metrics, strict=False):
         for (colour, marker, line), (steps, rows) in zip(LINES, frame.groupby("num_inference_steps"), strict=False):
@@ -251,7 +254,7 @@ def plot_start_steps(frame: pd.DataFrame, raw: pd.DataFrame, chosen: int | None 
         axis.axhline(raw[metric].iloc[0], color=COLOURS["audio"], linewidth=0.9, linestyle=":", label="raw audio")
         if chosen is not None:
             axis.axvline(chosen, color=GREY, linewidth=0.8, zorder=0, label="in use")
-        axis.set(ylabel=METRIC_NAMES[metric])
+        axis.set(ylabel=TITLES[metric])
     figure.supxlabel("start step k*", fontsize=8)
     for axis in axes.flat[len(metrics):]:
         axis.axis("off")
@@ -269,11 +272,11 @@ def plot_paths(paths: dict[str, np.ndarray], text: np.ndarray) -> Figure:
     """
     figure, axes = panels(len(paths), height=2.7, sharex=True, sharey=True)
     for axis, (title, path) in zip(axes, paths.items(), strict=True):
-        axis.scatter(*text.T, s=6, color=COLOURS["text"], marker=MARKERS["text"], alpha=0.35, linewidth=0, label="text", rasterized=True)
+        axis.scatter(text[:, 0], text[:, 1], s=6, color=COLOURS["text"], marker=MARKERS["text"], alpha=0.35, linewidth=0, label="text", rasterized=True)
         axis.plot(path[:, :, 0], path[:, :, 1], color=GREY, linewidth=0.7, marker="." if len(path) <= 12 else None, markersize=3, zorder=2,
                   rasterized=True)
         for role, xy, label in (("audio", path[0], "noised audio"), ("bridged", path[-1], "answer")):
-            axis.scatter(*xy.T, s=16, color=COLOURS[role], marker=MARKERS[role], linewidth=0, zorder=3, label=label)
+            axis.scatter(xy[:, 0], xy[:, 1], s=16, color=COLOURS[role], marker=MARKERS[role], linewidth=0, zorder=3, label=label)
         axis.set(title=title, xlabel="coordinate 1", ylabel="coordinate 2" if axis is axes[0] else "")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure

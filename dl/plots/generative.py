@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dl.metrics import TITLES
 from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
 
 CONTROL_MARKERS = {"ridge": "s", "regression_mlp": "D", "mappings": "v", "ridge_noise": "s", "regression_mlp_noise": "D", "ridge_residual": "v"}
@@ -12,7 +13,6 @@ LINES = {    # row of few_pairs: colour, marker, line
     "pretrained": (COLOURS["bridged"], "^", "-"), "scratch": (COLOURS["bridged"], "o", ":"), "ridge_text_prior": (COLOURS["text"], "v", "-"),
     "ridge": (GREY, "s", "-"), "regression_mlp": (GREY, "D", ":"),
 }
-TITLES = {"rmg": "RMG", "pair_cosine": "pair cosine", "recall_at_10": "R@10"}
 
 
 def is_diffusion(name: str) -> bool:
@@ -109,7 +109,7 @@ def plot_few_pairs(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
     data[["system", "share"]] = data.system.str.split("@", expand=True)
     data["share"] = data.share.astype(float)
     figure, axes = panels(3, width=PAGE, height=2.6)
-    for axis, (metric, title) in zip(axes, TITLES.items(), strict=True):
+    for axis, metric in zip(axes, ("rmg", "pair_cosine", "recall_at_10"), strict=True):
         for place, (system, (colour, marker, line)) in enumerate(LINES.items()):
             rows = data[(data.system == system) & (data.metric == metric)].sort_values("share")
             x = 100 * rows.share * 1.06 ** (place - 2)                              # side by side, so that intervals can be told apart
@@ -119,7 +119,7 @@ def plot_few_pairs(frame: pd.DataFrame) -> tuple[Figure, pd.DataFrame]:
             for row in data[(data.system == system) & (data.metric == metric)].itertuples():
                 axis.axhline(row.value, color="black", linewidth=0.6, linestyle=style, label=f"{system}, no pairs")
         shares = sorted(100 * share for share in data.share.unique() if share > 0)
-        axis.set(xscale="log", xlabel="share of the pairs (%)", ylabel=title)
+        axis.set(xscale="log", xlabel="share of the pairs (%)", ylabel=TITLES[metric])
         axis.set_xticks(shares, [f"{share:g}" for share in shares])
         axis.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 import soundfile
@@ -11,12 +12,15 @@ import soxr
 
 from dl.data import Split
 
+if TYPE_CHECKING:
+    from IPython.display import HTML
+
 PLAYER_RATE = 24_000          # Hz
 OPUS_LEVEL = 0.95             # libsndfile's compression level: about 21 kbit/s, 3.5 kB a second in the notebook
 THREAD_LABEL = "a dog barks"  # what the thread clip sounds like
 
 
-def audio_player(waveform: np.ndarray, sampling_rate: int, title: str = ""):
+def audio_player(waveform: np.ndarray, sampling_rate: int, title: str = "") -> HTML:
     """A player for a notebook: the sound goes into it as Ogg Opus at 24 kHz, below 24 kbit/s (a WAV player would be megabytes).
 
     Args:

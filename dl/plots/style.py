@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,6 +26,8 @@ from PIL import Image
 from dl.config import Profile
 from dl.results import atomic_write
 
+Given = ParamSpec("Given")
+Drawn = TypeVar("Drawn")                                # a Figure, or a Figure and the data behind it
 COLUMN, PAGE = 3.3, 6.9                                   # inches wide
 COLOURS = {"audio": "#E69F00", "text": "#0072B2", "bridged": "#009E73"}
 MARKERS = {"audio": "o", "text": "s", "bridged": "^"}
@@ -54,10 +57,10 @@ def style() -> Iterator[None]:
         plt.rcParams.update(before)
 
 
-def house_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
+def house_style(function: Callable[Given, Drawn]) -> Callable[Given, Drawn]:
     """Decorator: run a figure function in the house's style."""
     @wraps(function)
-    def styled(*args, **kwargs) -> Figure:
+    def styled(*args: Given.args, **kwargs: Given.kwargs) -> Drawn:
         with style():
             return function(*args, **kwargs)
     return styled
@@ -93,7 +96,7 @@ def write_figure(folder: Path, figure: Figure, name: str, data: pd.DataFrame) ->
 
 def small_png(png: bytes) -> bytes:
     """The same picture with a palette of its own, without dithering."""
-    image = Image.open(io.BytesIO(png))
+    image: Image.Image = Image.open(io.BytesIO(png))
     opaque = image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
     method = Image.Quantize.MEDIANCUT if opaque else Image.Quantize.FASTOCTREE           # only the latter knows transparency
     image = image.convert("RGB" if opaque else "RGBA").quantize(PALETTE, method, dither=Image.Dither.NONE)
@@ -118,7 +121,7 @@ def small_svg(svg: bytes) -> bytes:
     return re.sub(r"\n *", "\n", text).encode()
 
 
-def panels(n: int, width: float = PAGE, height: float = 2.2, **kwargs) -> tuple[Figure, list[Axes]]:
+def panels(n: int, width: float = PAGE, height: float = 2.2, **kwargs: Any) -> tuple[Figure, list[Axes]]:
     """A Figure of ``n`` axes side by side, ``width`` x ``height`` inches, laid out so that no text is cut."""
     figure, axes = plt.subplots(1, n, figsize=(width, height), layout="constrained", squeeze=False, **kwargs)
     return figure, list(axes[0])
@@ -135,5 +138,6 @@ def scatter_roles(axis: Axes, points: dict[str, np.ndarray], links: tuple[str, s
         for start, end in zip(points[links[0]], points[links[1]], strict=True):
             axis.plot(*np.stack([start, end], 1), color=GREY, linewidth=0.6, zorder=1)
     for role, xy in points.items():
-        axis.scatter(*np.asarray(xy).T, s=size, color=COLOURS[role], marker=MARKERS[role], label=role, linewidth=0, zorder=2,
+        x, y = np.asarray(xy).T
+        axis.scatter(x, y, s=size, color=COLOURS[role], marker=MARKERS[role], label=role, linewidth=0, zorder=2,
                      rasterized=len(xy) > MANY_POINTS)

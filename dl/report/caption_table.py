@@ -16,12 +16,12 @@ from dl.report.claims import VERDICT_RULES
 from dl.report.tables import _cell, _heading, _name, score_rows, write_table
 from dl.results import MetricsFile, markdown_table
 
-STRICT = "zero_shot:disjoint"        # mapping and decoder trained on disjoint recordings
+DISJOINT = "zero_shot:disjoint"        # mapping and decoder trained on disjoint recordings
 PANELS = {
     "zero_shot": ("2a. Zero-shot", "The decoder is trained on text vectors and never hears a sound; at test it is fed with the row's vectors. "
                   + "A mapping that uses pairs was trained on audio-text pairs: this is not the text-only zero-shot of DRCap or WSAC. "
                   + "Rows share one decoder; capdec and rows in the centred space have decoders of their own, trained on text alone too."),
-    STRICT: ("2a, strict", "As 2a, but the mapping's pairs and the decoder's captions come from disjoint recordings of train."),
+    DISJOINT: ("2a, strict", "As 2a, but the mapping's pairs and the decoder's captions come from disjoint recordings of train."),
     "supervised": ("2b. Fully supervised", "Each row has its own decoder, trained on the audio vectors of the row; the mapping is frozen."),
 }
 BLOCKS = (("cider_d", "spider", "spice", "meteor", "sbert_sim"), ("rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4"))

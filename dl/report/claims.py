@@ -121,13 +121,14 @@ def verdict(mean: float | None, ci_low: float | None, ci_high: float | None, sid
         raise ValueError(f"unknown side {side!r}: choose higher, lower or not_lower")
     if mean is None or math.isnan(mean):
         return "not_tested"
-    has_interval = ci_low is not None and ci_high is not None and not (math.isnan(ci_low) or math.isnan(ci_high))
+    low, high = (math.nan if end is None else end for end in (ci_low, ci_high))
+    has_interval = not (math.isnan(low) or math.isnan(high))
     if side == "not_lower":
         if not has_interval:
             return "partly_supported" if mean >= threshold else "not_supported"
-        return "supported" if ci_high >= threshold else "not_supported"
+        return "supported" if high >= threshold else "not_supported"
     sign = 1 if side == "higher" else -1
-    if has_interval and sign * (ci_low if side == "higher" else ci_high) > sign * threshold:
+    if has_interval and sign * (low if side == "higher" else high) > sign * threshold:
         return "supported"
     return "partly_supported" if sign * mean > sign * threshold else "not_supported"
 
@@ -172,11 +173,12 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
            "decided_by": ""}
     if rule.profiles and profile_name not in rule.profiles:
         return row | {"note": f"tested in profile {' or '.join(rule.profiles)} only, this is {profile_name}"}
-    judged, absent = [], []
+    judged: list[tuple] = []
+    absent: list[str] = []
     for part in rule.parts:
         found = lookup(frame, part)
         if found is None and part.optional:
-            absent.append(part.baseline)
+            absent.append(part.baseline or part.system)
             continue
         value, low, high = (found[key] for key in ("value", "ci_low", "ci_high")) if found else (None, None, None)
         judged.append((verdict(value, low, high, part.side, part.threshold), part, value, low, high))
@@ -192,7 +194,7 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
         return row
     _, part, value, low, high = deciding
     runs = frame[(frame.experiment == part.experiment) & (frame.system == "diffusion_link") & (frame.seed != "all") & (frame.split == "test")]
-    decoding = lookup(frame, part)["decoding"]
+    decoding = (lookup(frame, part) or {}).get("decoding")
     if decoding:
         runs = runs[runs.decoding == decoding]
     evidence = (f"metrics.csv: experiment={part.rows_experiment}, split=test, system={part.system}, metric={part.metric}, seed=all"
@@ -205,7 +207,7 @@ def control_notes(frame: pd.DataFrame, experiment: str = "gap", metrics: dict[st
     """Where ridge or a regression MLP equals diffusion_link (the paired interval holds 0) or beats it, on a claim's metrics."""
     notes = []
     for control in CONTROLS:
-        words = {"equals": [], "beats": []}
+        words: dict[str, list[str]] = {"equals": [], "beats": []}
         for metric, side in metrics.items():
             row = lookup(frame, Part(experiment, metric, side, control))
             if row is None or math.isnan(row["ci_low"]):
@@ -235,13 +237,14 @@ def write_claims(profile: Profile) -> list[dict]:
 
 def _figure(part: Part, value: float | None, low: float | None, high: float | None) -> str:
     """A part's figure in words: ``rmg of diffusion_link-raw -0.0500 [-0.0600, -0.0400]``; differences show their sign, gains are in %."""
-    def number(x: float) -> str:
+    def number(x: float | None) -> str:
+        if x is None or math.isnan(x):
+            return "not computed"
         if part.metric.endswith("_relative_gain"):
             return f"{100 * x:+.1f} %"
         return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:+.4f}" if part.baseline else f"{x:.4f}"
-    shown = "not computed" if value is None or math.isnan(value) else number(value)
-    has_interval = low is not None and not math.isnan(low) and not part.exact
-    return f"{part.metric} of {part.system} {shown}" + (f" [{number(low)}, {number(high)}]" if has_interval else "")
+    without = low is None or math.isnan(low) or part.exact
+    return f"{part.metric} of {part.system} {number(value)}" + ("" if without else f" [{number(low)}, {number(high)}]")
 
 
 def _margin(entry: tuple) -> float:

@@ -5,6 +5,7 @@ there is no such file.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from dl.results import markdown_table
 
 ABSENT = "not measured"
 PAPER = get_profile("paper")
-
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,13 @@ def find(table: pd.DataFrame | None, **where: str) -> pd.Series | None:
         return None
     chosen = table[(table.status == "ok") & (table[list(where)] == pd.Series(where)).all(axis=1)]
     return None if chosen.empty else chosen.iloc[0]
+
+
+def measured(results: Path, section: str, name: str, show: Callable[[float], str], **where: str) -> str:
+    """One measured figure of ``bench_gpu.csv`` as ``show`` writes it; ``where`` names further columns."""
+    path = results.parent / "bench_gpu.csv"
+    row = find(pd.read_csv(path, dtype=str, keep_default_na=False), section=section, name=name, **where) if path.is_file() else None
+    return ABSENT if row is None else show(float(row.value))
 
 
 def headline(table: pd.DataFrame | None) -> str:

@@ -1,8 +1,12 @@
-"""The generated parts of README.md: its tables are copied from ``results/mini`` by ``python -m dl readme``; a test keeps them in step."""
+"""The generated parts of README.md and the cards of the shipped checkpoints: ``python -m dl readme`` makes them from ``results/``.
+
+A test keeps them in step with the files.
+"""
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -10,80 +14,56 @@ import pandas as pd
 from dl.config import REPO, get_profile
 from dl.report.answer import answer
 from dl.report.bench import bench_table
+from dl.report.cards import CARDS
 from dl.report.deviations import deviations_table
-from dl.report.gpu import gpu_table
+from dl.report.gpu import duration, gpu_table, measured
+from dl.report.replication import limits_section
+from dl.report.summaries import STORY, captions_table, claims_table, gap_table, timing_table
 from dl.results import atomic_write, markdown_table
 
-HEADLINE = {"pair_cosine": "pair cosine ↑", "centroid_gap": "centroid gap ↓", "rmg": "RMG ↓", "recall_at_10": "R@10 ↑", "effective_rank": "effective rank"}
+TRAIN_BATCH, BEAM_BATCH = "16", "64"           # rows of bench_gpu.csv; 16 is the paper profile's
 
 
-def gap_table(results: Path) -> str:
-    """The headline columns of ``table1.csv``, main rows only, each with its 95 % interval."""
-    table = pd.read_csv(results / "table1.csv", dtype=str, keep_default_na=False)
-    rows = []
-    for _, row in table[table.space == "text"].iterrows():
-        cells = [f"`{row.system}`", row.uses_pairs or "–"]
-        for metric in HEADLINE:
-            digits = 1 if metric == "effective_rank" else 3
-            value, low, high = (float(row[metric + end]) if row[metric + end] else None for end in ("", "_ci_low", "_ci_high"))
-            cells.append("n/c" if value is None else f"{value:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]"))
-        rows.append(cells)
-    n_items = table.n_items.iloc[0]
-    return f"Test, n = {n_items} clips, 95 % intervals over recordings, training seeds and noise seeds.\n\n" + markdown_table(
-        ["system", "pairs", *HEADLINE.values()], rows)
+def doors_table(results: Path) -> str:
+    """The three ways in: one command each, with its time, its memory and a figure that it should give."""
+    timing = pd.read_csv(results / "timing.csv", dtype={"stage": str})
+    default = timing[timing.stage.str.isdigit()]                         # the appendices have letters
+    memory = f"{default.peak_memory_mb.max() / 1000:.1f} GB"
+    gap = pd.read_csv(results / "table1.csv").query("space == 'text'").set_index("system")
+    words = pd.read_csv(results / "table2.csv").query("space == 'text' and experiment == 'zero_shot'").set_index("system")
+    claim = pd.read_csv(results / "claims.csv").set_index("id").loc["C3"]
+    train, beam = peaks(results)
+    return markdown_table(["I have", "command", "time", "memory", "a figure to expect"], [
+        ["a laptop", "`./run_all.sh`", f"{default.wall_s.sum() / 60:.0f} min on two CPU cores, after the install", memory,
+         f"[Table 1](results/mini/table1.md): RMG {gap.rmg['raw']:.3f} for `raw`, {gap.rmg['diffusion_link']:.3f} for `diffusion_link`"],
+        ["one GPU", "`./run_all.sh --full`", "not timed as a whole; hours on a CPU", f"{memory} of the computer's; the GPU's was not measured",
+         f"[Table 2](results/mini/table2.md), zero-shot: CIDEr-D {words.cider_d['raw']:.3f} for `raw`, {words.cider_d['diffusion_link']:.3f} for `diffusion_link`"],
+        ["AudioCaps and a GPU", "`./run_all.sh --profile paper`", f"{measured(results, 'estimate', 'total', duration)}, estimated from measured parts",
+         f"GPU: {train} to train, {beam} to caption", f"unknown: not run. The paper: CIDEr up to {claim.paper_value} over raw, zero-shot"],
+    ], left=5)
 
 
-def claims_table(results: Path) -> str:
-    """Each claim with its verdict and what it rests on."""
-    claims = pd.read_csv(results / "claims.csv", dtype=str, keep_default_na=False)
-    rows = []
-    for row in claims.itertuples():
-        ours = "–"
-        if row.ours:
-            system, metric = (re.search(rf"{key}=([^,]+)", row.evidence)[1] for key in ("system", "metric"))
-            form = "+.1%" if metric.endswith("_relative_gain") else "+.3f"
-            ends = f" [{float(row.ci_low):{form}}, {float(row.ci_high):{form}}]" if row.ci_low else ""
-            ours = f"{metric}, {system}: {float(row.ours):{form}}{ends}"
-        rows.append([row.id, row.claim, row.paper_value, ours, row.verdict.replace("_", " ")])
-    return markdown_table(["", "claim", "paper", "ours", "verdict"], rows, left=5)
+def peaks(results: Path) -> list[str]:
+    """Peak memory of a 7B captioner in a training step of ``TRAIN_BATCH`` captions and in beam search over ``BEAM_BATCH`` clips."""
+    names = (("llama_train", "peak_memory_checkpointed", TRAIN_BATCH), ("llama_generate", "peak_memory_beam_4", BEAM_BATCH))
+    return [measured(results, section, name, "{:.1f} GiB".format, batch=batch) for section, name, batch in names]
 
 
-def captions_table(results: Path) -> str:
-    """Both settings of ``table2.csv``: CIDEr-D, METEOR and sentence similarity, and the relative gain of CIDEr-D over raw."""
-    table = pd.read_csv(results / "table2.csv", dtype=str, keep_default_na=False)
-    rows = []
-    for _, row in table[table.space == "text"].iterrows():
-        cells = [row.experiment.replace("_", "-").replace(":", ", "), f"`{row.system}`", row.n_seeds]
-        for metric in ("cider_d", "meteor", "sbert_sim"):
-            ends = f" [{float(row[metric + '_ci_low']):.3f}, {float(row[metric + '_ci_high']):.3f}]" if row[metric + "_ci_low"] else ""
-            cells.append(f"{float(row[metric]):.3f}{ends}" if row[metric] else "n/c")
-        gain = "cider_d_relative_gain"
-        cells.append(f"{float(row[gain]):+.1%} [{float(row[gain + '_ci_low']):+.1%}, {float(row[gain + '_ci_high']):+.1%}]"
-                     if row[gain] and row[gain + "_ci_low"] else "–")
-        rows.append(cells)
-    first = table.iloc[0]
-    return (f"Test, n = {first.n_items} clips, {first.decoding}, 95 % intervals over recordings and training seeds.\n\n"
-            + markdown_table(["setting", "system", "seeds", "CIDEr-D ↑", "METEOR ↑", "sbert_sim (all-MiniLM-L6-v2) ↑", "CIDEr-D over raw"], rows, left=2))
+def memory_line(results: Path) -> str:
+    """What a captioner of 7B needs, from the benchmark."""
+    train, beam = peaks(results)
+    return (f"For a captioner of 7B one GPU of 24 GB is enough: with random weights of that shape a training step of {TRAIN_BATCH} captions under gradient\n"
+            f"checkpointing peaked at {train}, beam search over {BEAM_BATCH} clips at {beam}. What it takes in 4 bits was not measured.")
 
 
-def encoder_table(results: Path) -> str:
-    """How well mini-CLAP hears the test scenes."""
-    table = pd.read_csv(results / "mini_clap.csv")
-    return markdown_table(["test scenes", "n", "R@1", "R@10", "R@10, one caption each", "R@10 by chance"],
-                          [[row[0], str(row[1]), *(f"{value:.3f}" for value in row[2:])] for row in table.itertuples(index=False, name=None)])
-
-
-def timing_table(results: Path) -> str:
-    """Seconds and peak memory of every stage."""
-    table = pd.read_csv(results / "timing.csv", dtype={"stage": str})
-    rows = [[row.stage, row.device, f"{row.wall_s:.0f}", f"{row.peak_memory_mb:.0f}"] for row in table.itertuples()]
-    rows.append(["total", "", f"{table.wall_s.sum():.0f}", f"{table.peak_memory_mb.max():.0f}"])
-    return markdown_table(["stage", "device", "seconds", "peak memory (MB)"], rows)
+def deviations(results: Path) -> str:
+    """What differs from the paper; the same whatever the results are."""
+    return deviations_table()
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
-    "headline": answer, "deviations": lambda results: deviations_table(), "gap": gap_table, "captions": captions_table, "claims": claims_table, "encoder": encoder_table, "timing": timing_table,
-    "gpu": gpu_table, "bench": bench_table,
+    "headline": answer, "doors": doors_table, "gap": partial(gap_table, systems=STORY), "captions": partial(captions_table, systems=STORY),
+    "claims": claims_table, "deviations": deviations, "limits": limits_section, "timing": timing_table, "gpu": gpu_table, "bench": bench_table, "memory": memory_line,
 }
 
 
@@ -95,15 +75,16 @@ def render(readme: str, results: Path) -> str:
         ValueError: a marker is missing.
     """
     for name, make in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name}:start[^>]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        if not pattern.search(readme):
+        found = re.search(rf"(<!-- {name}:start[^>]*-->\n).*?(<!-- {name}:end -->)", readme, re.DOTALL)
+        if not found:
             raise ValueError(f"README.md lacks the markers <!-- {name}:start --> and <!-- {name}:end -->")
-        body = make(results).strip()
-        readme = pattern.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", readme)
+        readme = f"{readme[:found.end(1)]}{make(results).strip()}\n{readme[found.start(2):]}"
     return readme
 
 
 def write_readme() -> None:
-    """Bring README.md up to date with ``results/mini``."""
-    path = REPO / "README.md"
-    atomic_write(path, render(path.read_text(encoding="utf-8"), get_profile("mini").results_dir))
+    """Bring README.md and the cards of the shipped checkpoints up to date with ``results/mini``."""
+    path, results = REPO / "README.md", get_profile("mini").results_dir
+    atomic_write(path, render(path.read_text(encoding="utf-8"), results))
+    for name, card in CARDS.items():
+        atomic_write(results / "checkpoints" / name / "README.md", card(results))

@@ -18,7 +18,7 @@ from dl.report.claims import C1_METRICS, VERDICT_RULES
 from dl.report.comparison import claims_part, comparison_rows, others_part, tables_part
 from dl.report.deviations import deviations_table
 from dl.report.html import Figure, Section, page
-from dl.report.readme import captions_table, claims_table, encoder_table, gap_table
+from dl.report.summaries import captions_table, claims_table, encoder_table, gap_table
 from dl.results import SYSTEMS, atomic_write, markdown_table
 
 LIBRARIES = ("python", "torch", "transformers", "scikit-learn", "numpy")
@@ -48,7 +48,8 @@ def claims_section(results: Path) -> str:
 def simpler_section(results: Path) -> str:
     """Every map without diffusion beside diffusion_link: gap metrics and CIDEr-D, by paired intervals where there are any."""
     e = Evidence(results)
-    parts, told = [], {}
+    parts: list[str] = []
+    told: dict[tuple[str, str], list[str]] = {}
     for title, experiment, metrics in (("Gap", "gap", tuple(C1_METRICS)), ("Zero-shot captions", "zero_shot", ("cider_d",)),
                                        ("Supervised captions", "supervised", ("cider_d",))):
         lines = []

@@ -10,6 +10,7 @@ import math
 import pandas as pd
 
 from dl.config import Profile
+from dl.metrics import ARROWS
 from dl.metrics.captions import CAPTION_DIRECTION
 from dl.metrics.gap import DIRECTION
 from dl.results import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
@@ -53,7 +54,9 @@ def write_table1(profile: Profile, split: str = "test", traits: dict | None = No
         ValueError: there is nothing to show yet.
     """
     if traits is None:
-        from dl.peers import REGISTRY as traits
+        from dl.peers import REGISTRY
+
+        traits = REGISTRY
     frame = MetricsFile(profile).frame()
     metrics = list(dict.fromkeys(metric for panel in GAP_PANELS.values() for metric in (*panel, *WATCHED)))
     metrics += sorted(set(frame.metric[(frame.experiment == "gap") & (frame.split == split)]) & set(DIRECTION) - set(metrics))
@@ -133,8 +136,7 @@ def _method_panel(rows: list[dict]) -> str:
 
 
 def _heading(metric: str) -> str:
-    arrow = {"higher": " ↑", "lower": " ↓"}.get(BETTER.get(metric, ""), "")
-    return metric + arrow
+    return metric + ARROWS.get(BETTER.get(metric, ""), "")
 
 
 def _name(row: dict) -> str:

@@ -5,10 +5,12 @@ No sentence about an outcome is typed: ``lesson`` composes it from the paired di
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pandas as pd
 
 from dl.config import Profile
+from dl.metrics import ARROWS
 from dl.metrics.gap import DIRECTION
 from dl.report.tables import write_table as write_files
 from dl.results import markdown_table
@@ -51,7 +53,7 @@ def table_rows(frame: pd.DataFrame, base_labels: dict[str, list[str]], n_seeds: 
     return [{key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()} for row in rows]
 
 
-def _difference(paired) -> dict:
+def _difference(paired: Any) -> dict:
     return {} if paired is None else {"difference": paired.value, "difference_ci_low": paired.ci_low, "difference_ci_high": paired.ci_high}
 
 
@@ -98,8 +100,7 @@ def panel(rows: list[dict]) -> str:
         if "mean" in cells[METRICS[0]]:
             mark = " (base)" if cells[METRICS[0]]["is_base"] else ""
             body.append([f"`{variant}`{mark}", *(_cell(cells[metric]) for metric in METRICS)])
-    arrows = {"higher": " ↑", "lower": " ↓"}
-    text = markdown_table(["variant", *(metric + arrows.get(DIRECTION.get(metric, ""), "") for metric in METRICS)], body)
+    text = markdown_table(["variant", *(metric + ARROWS.get(DIRECTION.get(metric, ""), "") for metric in METRICS)], body)
     compared = [[f"`{variant}`", *(signed(cells[metric]) for metric in METRICS)]
                 for variant, cells in by_variant.items() if "mean" not in cells[METRICS[0]]]
     return text + (f"\nPaired differences at the same pairs:\n\n{markdown_table(['difference', *METRICS], compared)}" if compared else "")

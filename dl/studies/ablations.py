@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -92,7 +93,7 @@ def is_base(base: BridgeConfig, variant: Variant) -> bool:
     return resolve(base, variant) == base and replace(variant, label="", changes={}) == Variant("")
 
 
-def scaled_bridge(config: BridgeConfig, train: Embeddings, scale: float, seed: int, checkpoint_path=None, progress: bool = False) -> DiffusionLink:
+def scaled_bridge(config: BridgeConfig, train: Embeddings, scale: float, seed: int, checkpoint_path: str | Path | None = None, progress: bool = False) -> DiffusionLink:
     """``dl.bridge.training.train_bridge`` with another scale s; at s = sqrt(D) it is the same network, bit for bit.
 
     The prediction losses grow with s and L_topo does not, so lambda is multiplied by s / sqrt(D).
@@ -205,8 +206,8 @@ def score_variant(profile: Profile, variant: Variant, train: Embeddings, test: E
         stored = {name: {metric: values.tolist() for metric, values in getattr(scores, name).items()} for name in ARRAYS}
         atomic_write(path, json.dumps({"runs": scores.runs, "n_items": scores.n_items, **stored}))
     stored = json.loads(path.read_text())
-    arrays = {name: {metric: np.array(values, dtype=float) for metric, values in stored[name].items()} for name in ARRAYS}
-    return path.stem, SystemScores(variant.label, [tuple(run) for run in stored["runs"]], stored["n_items"], **arrays)
+    points, replicates, clip_replicates = ({metric: np.array(values, dtype=float) for metric, values in stored[name].items()} for name in ARRAYS)
+    return path.stem, SystemScores(variant.label, [(seed, noise) for seed, noise in stored["runs"]], stored["n_items"], points, replicates, clip_replicates)
 
 
 def summary_rows(scores: SystemScores, each_seed: bool, **labels: object) -> list[dict]:
@@ -253,7 +254,7 @@ def run_ablations(profile: Profile, train: Embeddings, test: Embeddings, split: 
     seeds = profile.seeds if seeds is None else seeds
     draws = make_draws([split.clusters[split.clip_ids.index(clip_id)] for clip_id in test.clip_ids], REPLICATES)
     file, config, rows = MetricsFile(profile), base_config(profile), []
-    labels = {"split": "test", "ids_sha256": ids_sha256(test.clip_ids)}
+    labels: dict[str, Any] = {"split": "test", "ids_sha256": ids_sha256(test.clip_ids)}
 
     def record(variant: Variant, name: str) -> SystemScores:
         key, scores = score_variant(profile, variant, train, test, draws, seeds, progress)

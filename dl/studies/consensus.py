@@ -106,7 +106,9 @@ def run_mbr(
         the rows recorded.
     """
     best, rows = choose_mbr(profile, train, val, val_split, mbr_options(profile, train, val) if options is None else options)
-    expected, runs, reasons = references(split, test.clip_ids), {}, {}
+    expected = references(split, test.clip_ids)
+    runs: dict[str, list] = {}
+    reasons: dict[str, str] = {}
     for seed in profile.seeds if seeds is None else seeds:
         sampled, fixed = sample_captions(profile, list(best.values()), seed, train, val, test, tuple(Row(name) for name in MAPPINGS))
         samples = {"mappings": list(fixed.values())}

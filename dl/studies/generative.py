@@ -13,6 +13,7 @@ What is open (k*, n, sigma) is chosen on val, training seed 0, by the rules of `
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,7 @@ from dl.experiments import START_STEPS, fit_system
 from dl.metrics.bootstrap import ClipCounts, Draws, SystemScores, make_reference, score_clips
 from dl.metrics.gap import Reference, frechet_distance, mmd2
 from dl.metrics.neighbours import effective_rank, top_k
+from dl.peers.closed_form import Projection, Ridge
 from dl.studies.rows import light_draws, record
 from dl.studies.samples import (
     DIFFUSION,
@@ -52,6 +54,7 @@ def trivial_predictors(profile: Profile, train: Embeddings, audio: Tensor) -> di
     nearest_audio: distance to the nearest training sound; ridge_norm: -|ridge(a)|; projection_entropy: entropy of projection's weights.
     """
     ridge, projection = fit_system(profile, "ridge", train), fit_system(profile, "projection", train)
+    assert isinstance(ridge, Ridge) and isinstance(projection, Projection)
     before = ridge.text_mean + (audio.double() - ridge.audio_mean) @ ridge.matrix
     weights = torch.softmax(projection.scale * audio @ train.text.T, dim=1)
     entropy = -(weights * weights.clamp_min(1e-30).log()).sum(1)
@@ -96,7 +99,7 @@ def run_spread(profile: Profile, train: Embeddings, val: Embeddings, test: Embed
             if seed == seeds[0]:
                 clips.append(pd.DataFrame({"system": sampler.name, "spread": measured, "error": error}))
             for name, values in {"sample_spread": measured, **trivial}.items():
-                statistic = of_weights(len(error), lambda weights, x=values, y=error: weighted_spearman(x, y, weights))
+                statistic = of_weights(len(error), partial(weighted_spearman, values, error))
                 runs.setdefault(name, []).append((seed, 0, {f"spearman:{sampler.name}": statistic}))
         for name, of_name in runs.items():
             scored[name, sampler.name] = score_clips(name, of_name, draws)
@@ -152,7 +155,8 @@ def worst_advantage(ours: SystemScores, scored: dict[str, list[SystemScores]]) -
 def score_families(profile: Profile, train: Embeddings, of: Embeddings, draws: Draws, seeds: tuple[int, ...],
                    wanted: dict[str, list[Sampler]]) -> dict[str, list[SystemScores]]:
     """Scores of one sample a sound, for every family along its knob; the noise seed is the training seed."""
-    reference, scored = make_reference(of), {}
+    reference = make_reference(of)
+    scored: dict[str, list[SystemScores]] = {}
     for name, samplers in wanted.items():
         for sampler in samplers:
             runs = [(seed, seed, distribution_metrics(draw_samples(profile, sampler, train, of.audio, seed, [seed])[0], reference)) for seed in seeds]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,7 +41,7 @@ def light_draws(split: Split, clip_ids: list[str], n_samples: int) -> Draws:
     return replace(draws, clip=np.zeros_like(draws.clip))
 
 
-def record(profile: Profile, name: str, rows: list[dict], scored: dict, pairs: Iterable[tuple], test: Embeddings, **labels: object) -> pd.DataFrame:
+def record(profile: Profile, name: str, rows: list[dict], scored: dict, pairs: Iterable[tuple], test: Embeddings, **labels: Any) -> pd.DataFrame:
     """Replace the rows of ``generative:<name>`` in metrics.csv by these and the paired differences; return them as a table."""
     shared = {"experiment": f"generative:{name}:paired", "split": "test", "ids_sha256": ids_sha256(test.clip_ids), **labels}
     rows = rows + [row for ours, theirs in pairs for row in paired_difference(scored[ours], scored[theirs], **shared)]

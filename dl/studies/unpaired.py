@@ -32,12 +32,12 @@ from dl.experiments import FITS, START_STEPS, chosen, fit_system
 from dl.metrics.bootstrap import SystemScores, make_reference, score_clips
 from dl.metrics.gap import Reference, rmg
 from dl.metrics.neighbours import top_k
-from dl.peers import Peer
+from dl.peers.trained import DiffusionLinkPeer
 from dl.studies.ablations import base_config, few_pairs
 from dl.studies.rows import caption_scores, light_draws, record, record_captions, references
 from dl.studies.samples import of_weights
+from dl.studies.variants import FRACTIONS
 
-FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
 ALPHAS = (*(trial["alpha"] for trial in FITS["ridge"]), 10.0, 30.0)
 Mapping = Callable[[Tensor], Tensor]
 
@@ -93,7 +93,7 @@ def lowest_rmg(options: dict[float, Mapping], val: Embeddings) -> float:
     return min(options, key=lambda option: float(rmg(options[option](val.audio), text)[0]))
 
 
-def denoise(link: DiffusionLink | Peer, mapping: Mapping | None, start_timestep: int) -> Mapping:
+def denoise(link: DiffusionLink, mapping: Mapping | None, start_timestep: int) -> Mapping:
     """a -> the network's one-step answer from k* = ``start_timestep``, no noise added, for the vector that ``mapping`` gives (None: a itself)."""
     def mapped(audio: Tensor) -> Tensor:
         entry = audio if mapping is None else mapping(audio)
@@ -122,12 +122,13 @@ def mappings(profile: Profile, train: Embeddings, fraction: float, seed: int, pr
     steps = base_config(profile).train_steps
     place = profile if fraction == 1 else replace(profile, results_root=profile.cache_dir / "pairs" / f"{fraction:g}-{seed}")
     ridge = best("ridge", {alpha: fit_system(place, "ridge", pairs, alpha=alpha) for alpha in ALPHAS})
-    scratch = fit_system(place, "diffusion_link", pairs, seed, progress, **asdict(base_config(profile))).link
+    scratch = fit_system(place, "diffusion_link", pairs, seed, progress, **asdict(base_config(profile)))
+    assert isinstance(scratch, DiffusionLinkPeer)
     pretrained = pretrained_bridge(place, prior, pairs, seed, progress)
     return {
         "pretrained": best("pretrained", {k: denoise(pretrained, None, k) for k in START_STEPS}),
         "ridge_text_prior": best("ridge_text_prior", {k: denoise(prior, ridge, k) for k in START_STEPS}),
-        "scratch": best("scratch", {k: denoise(scratch, None, k) for k in START_STEPS}),
+        "scratch": best("scratch", {k: denoise(scratch.link, None, k) for k in START_STEPS}),
         "ridge": ridge,
         "regression_mlp": fit_system(place, "regression_mlp", pairs, seed, progress, **chosen(profile, "regression_mlp"), train_steps=steps),
     }
@@ -175,7 +176,9 @@ def run_few_pairs_captions(profile: Profile, train: Embeddings, val: Embeddings,
     Returns:
         the rows recorded, CIDEr-D and sbert_sim, with paired differences from ridge, regression_mlp and scratch.
     """
-    runs, tuned, reasons = {}, {}, {}
+    runs: dict[str, list] = {}
+    tuned: dict[str, float] = {}
+    reasons: dict[str, str] = {}
     for seed in profile.seeds if seeds is None else seeds:
         maps = mappings(profile, train, fraction, seed, text_prior(profile, train.text, seed), tuned, val)
         rows = {Row(f"{name}@{fraction:g}"): maps[name](test.audio) for name in ("pretrained", "scratch", "ridge", "regression_mlp")}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from dl.config import BridgeConfig
 
@@ -36,7 +37,7 @@ class Variant:
     """
 
     label: str
-    changes: dict[str, object] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
     system: str = "diffusion_link"
     fraction: float = 1.0
     scale: float | None = None
@@ -61,13 +62,13 @@ class Ablation:
     compare: tuple[tuple[str, str], ...] = ()
 
 
-def _each(prefix: str, name: str, values: Iterable, **also: object) -> tuple[Variant, ...]:
+def _each(prefix: str, name: str, values: Iterable, **also: Any) -> tuple[Variant, ...]:
     return tuple(Variant(f"{prefix}{value:g}" if isinstance(value, float) else f"{prefix}{value}", {name: value, **also}) for value in values)
 
 
 def _schedules(suffix: str = "", signal: float | None = None) -> tuple[Variant, ...]:
     tenfold = {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}      # a tenth of the levels, tenfold betas: the same range of noise
-    choices = {"scaled_linear": {}, "linear": {"beta_schedule": "linear"}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}, "T_100": tenfold}
+    choices: dict[str, dict[str, Any]] = {"scaled_linear": {}, "linear": {"beta_schedule": "linear"}, "cosine": {"beta_schedule": "squaredcos_cap_v2"}, "T_100": tenfold}
     return tuple(Variant(name + suffix, changes, signal=signal) for name, changes in choices.items())
 
 

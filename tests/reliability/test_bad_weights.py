@@ -132,7 +132,7 @@ def test_a_checkpoint_of_another_width(tmp_path, monkeypatch, quick, capsys, led
 def test_mini_claps_own_weights(tmp_path, monkeypatch, ledger, kind):
     folder = shutil.copytree(clap.MINI_FOLDER, tmp_path / "mini_clap")
     DAMAGE[kind](folder)
-    monkeypatch.setattr(clap, "MINI_FOLDER", folder)
+    monkeypatch.setitem(clap.ENCODERS, "mini", (clap.ENCODERS["mini"][0], folder))
     with ledger.attempt("bad input", "weights"), pytest.raises(ValueError, match=r"model\.safetensors is damaged \(.*\): git checkout -- data/mini"):
         ClapEncoder.from_pretrained("mini", device="cpu")
 

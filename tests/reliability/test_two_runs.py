@@ -50,7 +50,8 @@ RACE = """
 import sys, time
 from pathlib import Path
 from dl.config import get_profile
-from dl.pipeline.stages import Run, StageError
+from dl.pipeline.notebook import StageError
+from dl.pipeline.stages import Run
 gate, name = Path(sys.argv[1]), sys.argv[2]
 run = Run(get_profile("smoke"))
 while not gate.exists():
