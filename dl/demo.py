@@ -10,6 +10,7 @@ import contextlib
 import html
 import io
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -124,7 +125,7 @@ def answer_scene(page: Page, split: Split, place: int) -> str:
 
 
 def serve(profile: Profile, port: int = PORT) -> int:
-    """Show the page on 127.0.0.1 until Ctrl-C.
+    """Show the page on 127.0.0.1 until Ctrl-C or SIGTERM.
 
     Returns:
         Exit code: 0, or 1 with one line on stderr where Gradio, a model or the port is not to be had.
@@ -151,6 +152,7 @@ def serve(profile: Profile, port: int = PORT) -> int:
         except (OSError, OverflowError):
             print(f"demo: port {port} of {HOST} is in use or is none: give another by --port N", file=sys.stderr)
             return 1
+        signal.signal(signal.SIGTERM, signal.default_int_handler)                    # it ends as by Ctrl-C, and the folder goes
         print(f"{blocks.local_url}  (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
     return 0
