@@ -14,8 +14,8 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -47,7 +47,10 @@ footer {{ display: none !important }} .gradio-container {{ max-width: 62rem !imp
 .dl-note {{ opacity: .75; font-size: .9rem }} .dl-error {{ color: #B3261E }} .dark .dl-error {{ color: #F2B8B5 }}
 """
 
-Page = Callable[[np.ndarray, str, str], str]
+class Page(Protocol):
+    """Samples (n,) float32 at 48 kHz, a title, a note -> what the page shows, as HTML."""
+
+    def __call__(self, waveform: np.ndarray, title: str, note: str = "") -> str: ...
 
 
 def text(words: str) -> str:
@@ -78,6 +81,7 @@ def load_page(profile: Profile) -> Page:
         MissingWeights: see :func:`dl.captioner.files.load_models`.
     """
     encoder, link, captioner = load_models(profile)
+    assert link is not None                                                          # it was asked for
     try:
         train, absent = load_embeddings(profile, "train"), ""
     except FileNotFoundError as error:
@@ -100,7 +104,8 @@ def load_page(profile: Profile) -> Page:
             pairs = zip(*nearest_captions(np.concatenate([raw, across]), train.text, train.captions, NEAREST), strict=True)
             rows = "".join(f"<tr><td>{text(a)}</td><td>{x:.2f}</td><td>{text(b)}</td><td>{y:.2f}</td></tr>" for (a, x), (b, y) in pairs)
             head = "<tr><th>of the raw vector</th><th>cosine</th><th>of the bridged vector</th><th>cosine</th></tr>"
-            place = image(plot_place(train.audio, train.text, raw, across)[0], "the clip before and after the bridge, among sounds and captions of train")
+            figure, _ = plot_place(train.audio.numpy(), train.text.numpy(), raw.numpy(), across.numpy())
+            place = image(figure, "the clip before and after the bridge, among sounds and captions of train")
             parts += [f"<h3>Nearest captions of train</h3><table>{head}{rows}</table>", f"<h3>Its place in the map of train</h3>{place}"]
         return f'<div class="dl-answer"><h3>{text(title)}</h3>{"".join(parts)}</div>'
 
@@ -158,7 +163,7 @@ def serve(profile: Profile, port: int = PORT) -> int:
     return 0
 
 
-def form(gradio, page: Page, profile: Profile, folder: Path):
+def form(gradio: Any, page: Page, profile: Profile, folder: Path) -> Any:
     """The page's form as ``gradio.Blocks``: a file or a scene goes in, HTML comes out; an upload (in ``folder``) is removed once it is answered."""
     def upload(path: str) -> tuple[str, None]:
         try:

@@ -112,9 +112,9 @@ def fit_systems(
     return {(system, seed): fit_system(profile, system, train, seed, progress, val) for system, seed in fits}
 
 
-def _keep_fit(*arguments: object) -> None:
+def _keep_fit(profile: Profile, system: str, train: Embeddings, seed: int, progress: bool, val: Embeddings | None) -> None:
     """``fit_system`` for what it leaves in the cache."""
-    fit_system(*arguments)
+    fit_system(profile, system, train, seed, progress, val)
 
 
 def _base(profile: Profile, kind: type[TrainedPeer]) -> Trial:

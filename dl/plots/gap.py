@@ -87,17 +87,17 @@ def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np
     plane = gap_plane({**cloud, "raw": np.asarray(raw), "bridged": np.asarray(bridged)}, np.mean(np.asarray(audio), 0), np.mean(np.asarray(text), 0))
     figure, (axis,) = panels(1, height=2.9)
     for role in cloud:
-        axis.scatter(*plane[role].T, s=4, color=COLOURS[role], marker=MARKERS[role], alpha=0.35, linewidth=0, label=f"{role} of train", rasterized=True)
+        axis.scatter(plane[role][:, 0], plane[role][:, 1], s=4, color=COLOURS[role], marker=MARKERS[role], alpha=0.35, linewidth=0, label=f"{role} of train", rasterized=True)
     start, end = plane["raw"], plane["bridged"]
     axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#303030", width=0.0025, headwidth=5, zorder=3)
     for name, role in (("raw", "audio"), ("bridged", "bridged")):
-        axis.scatter(*plane[name].T, s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4, label=f"your clip, {name}")
+        axis.scatter(plane[name][:, 0], plane[name][:, 1], s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4,
+                     label=f"your clip, {name}")
     for position in (0, 1):
         axis.axvline(position, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
     axis.set(xlabel="share of the gap crossed (0: mean sound, 1: mean caption, of train)", ylabel="first component of captions\nat a right angle")
     legend = figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
-    for handle in legend.legend_handles[:2]:
-        handle.set(sizes=[20], alpha=1)
+    plt.setp(legend.legend_handles[:2], sizes=[20], alpha=1)
     return figure, pd.DataFrame([(role, *xy) for role, rows in plane.items() for xy in rows], columns=["role", "x", "y"])
 
 

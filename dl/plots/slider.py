@@ -5,9 +5,13 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import ipywidgets
 
 WITHOUT = "No slider here: it needs ipywidgets (pip install ipywidgets==8.1.9) and a notebook open in JupyterLab. The figure above shows the same steps."
 
@@ -25,7 +29,7 @@ def live_front_end() -> bool:
     return shell is not None and "__vsc_ipynb_file__" in shell.user_ns
 
 
-def figure_slider(draw: Callable[[int], Figure], values: Sequence[int], label: str):
+def figure_slider(draw: Callable[[int], Figure], values: Sequence[int], label: str) -> ipywidgets.VBox | None:
     """A slider over ``values`` with the figure of each; the figures are drawn once, so moving it computes nothing.
 
     Without a live front end, or without ipywidgets, one line is printed and nothing is drawn: a static figure should stand above it.
@@ -45,8 +49,9 @@ def figure_slider(draw: Callable[[int], Figure], values: Sequence[int], label: s
     try:
         import ipywidgets
     except ImportError:
-        ipywidgets = None
-    if ipywidgets is None or not live_front_end():
+        print(WITHOUT)
+        return None
+    if not live_front_end():
         print(WITHOUT)
         return None
     pictures = {}

@@ -6,6 +6,7 @@ text says so.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -48,7 +49,7 @@ def bench_table(results: Path) -> str:
     return "\n".join(parts)
 
 
-def numbers(row) -> list[str]:
+def numbers(row: Any) -> list[str]:
     """ours, theirs, ratio with its interval, goal and verdict of one comparison; the reason where it was not measured."""
     if row.status != "ok":
         return ["", "", "not measured", "", row.reason]

@@ -130,8 +130,8 @@ def variant_runs(
         path = profile.cache_dir / "fits" / f"scaled-{short_hash(config=asdict(config), scale=float(variant.scale))}-{seed}.safetensors"
         link = scaled_bridge(config, pairs, variant.scale, seed, path, progress)
         noise_seeds = profile.noise_seeds if config.add_noise else (0,)
-        runs = [(noise_seed, link(audio.to(train.audio.device), generator=torch.Generator().manual_seed(noise_seed))) for noise_seed in noise_seeds]
-        return [(seed, noise_seed, mapped.to(audio.device)) for noise_seed, mapped in runs]
+        return [(seed, noise_seed, link(audio.to(train.audio.device), generator=torch.Generator().manual_seed(noise_seed)).to(audio.device))
+                for noise_seed in noise_seeds]
     middle = build("raw").fit(pairs.audio, pairs.text, pairs.text_clip)
     if variant.centred:
         place = replace(profile, results_root=profile.cache_dir / "centred")
@@ -145,7 +145,8 @@ def variant_runs(
 
 def fit_variants(profile: Profile, variants: Iterable[Variant], train: Embeddings, seeds: tuple[int, ...]) -> None:
     """Put the fits of many variants into the cache, several side by side where there is no GPU; each fit once, however many variants call it."""
-    config, distinct = base_config(profile), {}
+    config = base_config(profile)
+    distinct: dict[str, Variant] = {}
     for variant in variants:
         training = {name: value for name, value in asdict(resolve(config, variant)).items() if name not in INFERENCE_FIELDS}
         distinct.setdefault(short_hash(of=[variant.system, variant.fraction, variant.scale, variant.centred], training=training), variant)
