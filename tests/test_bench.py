@@ -246,6 +246,12 @@ def test_sections_that_are_not_measured_again_stay(ratios, tmp_path):
     assert [(row["section"], row["name"], row["ratio"], row["met"]) for row in rows] == [("a", "first", "5", "yes"), ("b", "second", "5", "yes")]
 
 
+def test_a_curve_that_comes_too_late_is_one_row(ratios, tmp_path):
+    bench = ratios["ratios"].Ratios(tmp_path / "bench.csv", 0, ("growth",), ("growth",))
+    ratios["growth"].growth(bench, ratios["growth"].TINY)
+    assert {row["reason"] for row in bench.rows} == {"out of time"} and len(bench.rows) == 5
+
+
 def test_the_unet_has_its_published_size(ratios):
     with torch.device("meta"):
         assert sum(parameter.numel() for parameter in ratios["unet1d"].Unet1D().parameters()) == 875_973_633     # the package's Unet1D(512, 32, channels=1)

@@ -160,7 +160,7 @@ class Ratios(Recorder):
     @staticmethod
     def shown(row: dict) -> str:
         """A row as one line for the terminal."""
-        head = f"{row['section']}: {row['name']}" + (f" at {row['size']} {row['over']}" if row.get("over") else "")
+        head = f"{row['section']}: {row['name']}" + (f" at {row['size']} {row['over']}" if row.get("size") else "")
         if row["status"] != "ok":
             return f"{head}: not measured: {row['reason']}"
         if "ratio" not in row:
