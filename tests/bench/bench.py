@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=None, metavar="SECTION", help=f"of {', '.join(PARTS)}; the rows of the others stay")
     parser.add_argument("--threads", type=int, default=None, help="of torch, for ours and theirs alike; by default what torch takes")
     parser.add_argument("--budget-seconds", type=float, default=3600, help="what would start later is not measured")
-    parser.add_argument("--limit-seconds", type=float, default=300, help="what one measurement may take; a busy machine needs more")
+    parser.add_argument("--limit-seconds", type=float, default=420, help="what one measurement may take; a busy machine needs more")
     parser.add_argument("--tiny", action="store_true", help="small sizes, without the sections " + " and ".join(NOT_TINY))
     given = parser.parse_args(arguments)
     if given.threads:

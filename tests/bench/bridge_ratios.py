@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import torch
 from bench_gpu import bridge_products
-from ratios import Pairs, Ratios, at_least, at_most, check_equal, in_turn, seconds_of, torch_profile
+from ratios import Pairs, Ratios, at_most, check_equal, faster, in_turn, seconds_of, torch_profile
 from recorder import synchronize
 from torch import Tensor, nn
 from unet1d import Unet1D
@@ -18,7 +18,7 @@ from dl.bridge.training import train_bridge
 from dl.config import REPO, BridgeConfig, get_profile
 from dl.peers.trained import DiffusionBridge
 
-STEP_GOAL, UNET_GOAL, SAMPLER_GOAL = at_most(1.5), at_least(20), at_least(4)
+STEP_GOAL, UNET_GOAL, SAMPLER_GOAL = at_most(1.5), faster(20), faster(4)
 STEP = "a step of dl.bridge.training.fit against the matrix products of its forward and backward pass alone (torch.mm, the same shapes)"
 ALSO = {"cpu": "beside the products a step runs the elementwise layers forward and backward (LayerNorm, SiLU, dropout, L1), AdamW, clipping and EMA over "
                "all weights, and draws noise and batches",

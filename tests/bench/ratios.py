@@ -24,32 +24,31 @@ Pairs = list[tuple[float, float]]
 class Goal:
     """What a ratio of two costs has to be, such as ``ours / theirs <= 1.5`` or ``theirs / ours >= 20``."""
 
+    of: str                              # "ours / theirs" or "theirs / ours"
+    sign: str                            # "<=" or ">="
     bound: float
-    faster: bool = False                 # theirs / ours, at least; else ours / theirs, at most
 
     def ratio(self, ours: float, theirs: float) -> float:
         """The ratio that the goal speaks of."""
-        return theirs / ours if self.faster else ours / theirs
+        return ours / theirs if self.of == "ours / theirs" else theirs / ours
 
     def met(self, low: float, high: float) -> str:
         """yes or no where the whole interval says so, else "within noise"."""
-        if self.faster:
-            low, high = -high, -low
-        bound = -self.bound if self.faster else self.bound
-        return "yes" if high <= bound else "no" if low > bound else "within noise"
+        inside = [value <= self.bound if self.sign == "<=" else value >= self.bound for value in (low, high)]
+        return "yes" if all(inside) else "within noise" if any(inside) else "no"
 
     def __str__(self) -> str:
-        return f"theirs / ours >= {self.bound:g}" if self.faster else f"ours / theirs <= {self.bound:g}"
+        return f"{self.of} {self.sign} {self.bound:g}"
 
 
 def at_most(bound: float) -> Goal:
     """Ours may cost ``bound`` times what theirs costs."""
-    return Goal(bound)
+    return Goal("ours / theirs", "<=", bound)
 
 
-def at_least(bound: float) -> Goal:
+def faster(bound: float) -> Goal:
     """Theirs has to cost ``bound`` times what ours costs."""
-    return Goal(bound, faster=True)
+    return Goal("theirs / ours", ">=", bound)
 
 
 def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 1, seconds: float = 60.0) -> tuple[Pairs, object, object]:
@@ -161,7 +160,7 @@ class Ratios(Recorder):
     @staticmethod
     def shown(row: dict) -> str:
         """A row as one line for the terminal."""
-        head = f"{row['section']}: {row['name']}" + (f" at {row['size']} {row['over']}" if row.get("over") else "")
+        head = f"{row['section']}: {row['name']}" + (f" at {row['size']} {row['over']}" if row.get("size") else "")
         if row["status"] != "ok":
             return f"{head}: not measured: {row['reason']}"
         if "ratio" not in row:
