@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from dl.config import REPO, get_profile
 from dl.report.cards import CARDS
@@ -99,8 +100,7 @@ def test_own_embeddings_in_ten_lines(tmp_path, monkeypatch):
     text_clip = torch.arange(40).repeat_interleave(2)
     audio = torch.randn(40, 8, generator=generator)
     monkeypatch.chdir(tmp_path)
-    for name, value in (("audio", audio), ("text", audio[text_clip] + 1), ("text_clip", text_clip)):
-        torch.save(value, f"{name}.pt")
+    save_file({"audio": audio, "text": audio[text_clip] + 1, "text_clip": text_clip}, "pairs.safetensors")
     assert "train_steps=600" in block
     (tmp_path / "block.py").write_text(block.replace("train_steps=600", "train_steps=4"))
     names = runpy.run_path("block.py")
