@@ -25,7 +25,8 @@ def side_by_side(function: Callable, parts: Iterable[tuple], processes: int = 0,
     Args:
         function: of a module; its arguments and results are copied from process to process.
         parts: the arguments of each call.
-        processes: at most so many; 0 takes one for each core. With one, or on a machine with a GPU, all is done in this process.
+        processes: at most so many; 0 takes one for each core, or for each part where there are fewer than twice as many parts as
+            cores. With one, or on a machine with a GPU, all is done in this process.
         gb_each: memory of one call, GB (10^9 bytes); ``MEMORY_GB`` bounds the sum.
 
     Returns:
@@ -35,11 +36,12 @@ def side_by_side(function: Callable, parts: Iterable[tuple], processes: int = 0,
         Exception: what the first failing call raised; calls that have not begun are left out.
     """
     parts, cores = list(parts), os.cpu_count() or 1
-    count = 1 if torch.accelerator.is_available() else min(processes or cores, cores, len(parts), int(MEMORY_GB / gb_each))
+    wanted = processes or (len(parts) if len(parts) < 2 * cores else cores)          # three parts on two cores: together, not two and then one
+    count = 1 if torch.accelerator.is_available() else min(wanted, len(parts), int(MEMORY_GB / gb_each))
     if count < 2:
         return [function(*part) for part in parts]
     try:
-        with parallel_config("loky", inner_max_num_threads=cores // count):
+        with parallel_config("loky", inner_max_num_threads=max(1, cores // count)):
             return Parallel(count, batch_size=1, pre_dispatch=count)(delayed(_call)(function, part, os.getpid()) for part in parts)
     finally:
         get_reusable_executor().shutdown(kill_workers=True)                 # idle ones would keep their memory
