@@ -16,7 +16,7 @@ import torch
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 
-MEMORY_GB = 7.0        # that all processes may take together; a laptop of 8 GB is enough
+MEMORY_GB = 5.0        # that the processes may take together, beside this one, which may hold a decoder too; a laptop of 8 GB is enough
 
 
 def side_by_side(function: Callable, parts: Iterable[tuple], processes: int = 0, gb_each: float = 0.6) -> list:

@@ -41,7 +41,8 @@ def pytest_testnodedown(node, error: object) -> None:
     counts, measures = getattr(node, "workeroutput", {}).get("ledger", ([], {}))
     for kind, part, good, bad in counts:
         LEDGER.add(kind, part, good, bad)
-    LEDGER.measures |= {part: tuple(measure) for part, measure in measures.items()}
+    for part, measure in measures.items():
+        LEDGER.measures[part] = max(tuple(measure), LEDGER.measures.get(part, (0.0, 0.0, "")))
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

@@ -225,3 +225,20 @@ def test_sounds_find_their_captions(encoder, results_root):
     assert found > 0.6, "guessing among 200 captions finds 0.23"
     own = (test.audio * test.first_text).sum(1).mean()
     assert own > (test.audio * test.first_text.roll(1, dims=0)).sum(1).mean() + 0.1
+
+
+def test_a_shard_that_is_damaged_before_the_merge_is_named_and_no_clip_is_lost(encoder, profile, monkeypatch):
+    monkeypatch.setattr(module, "SHARD_SIZE", 4)
+    split, write, written = load_split(profile, "train"), module._write, []
+
+    def damaging(path, tensors, about):
+        write(path, tensors, about)
+        written.append(path)
+        if len(written) == 3:                                                        # the last of the three shards
+            written[0].write_bytes(b"no tensors")
+
+    monkeypatch.setattr(module, "_write", damaging)
+    with pytest.raises(OSError, match=r"00000000\.safetensors cannot be read any more: run the same command again"):
+        embed_split(profile, split, encoder, progress=False)
+    monkeypatch.setattr(module, "_write", write)
+    assert embed_split(profile, split, encoder, progress=False).clip_ids == split.clip_ids

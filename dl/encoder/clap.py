@@ -256,7 +256,11 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
 
 def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, key: str, files: list[Path]) -> None:
     """Put the shards together, embed the captions, and list the clips that could not be used."""
-    parts = [part for file in files if (part := _read(file))]
+    parts = []
+    for file in files:
+        if (part := _read(file)) is None:             # it was whole when it was written: disk or another program
+            raise OSError(f"{file} cannot be read any more: run the same command again, it makes what is missing")
+        parts.append(part)
     skipped = [reason for _, about in parts for reason in about["skipped"]]
     kept = torch.cat([tensors["places"] for tensors, _ in parts]).tolist()
     if not kept:

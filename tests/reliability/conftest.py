@@ -12,13 +12,20 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from ledger import LEDGER, Ledger
+from ledger import LEDGER, Ledger, peak_mb
 
 
 @pytest.fixture
 def ledger() -> Ledger:
     """The one ledger of this run."""
     return LEDGER
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded() -> Iterator[None]:
+    """After every file: none of the bad inputs made the test process grow without bound."""
+    yield
+    LEDGER.measure("peak memory of the test process", peak_mb() / 1000, 8, "GB")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import soundfile
-from ledger import peak_mb
 from test_bad_sounds import noise
 
 from dl.captioner.files import read_windows
@@ -53,8 +52,3 @@ def test_every_stage_stays_below_8_gb(ledger):
     assert {f"{number:02d}" for number in range(12)} <= {row["stage"] for row in rows}
     for row in rows:
         ledger.measure(f"peak memory of stage {row['stage']}, profile mini", float(row["peak_memory_mb"]) / 1000, 8, "GB")
-
-
-def test_this_process_stayed_bounded(ledger):
-    """All the bad inputs before this test: none of them made the test process grow without bound."""
-    ledger.measure("peak memory of the test process", peak_mb() / 1000, 8, "GB")
