@@ -20,7 +20,7 @@ from dl.bridge.network import BridgeNetwork
 from dl.config import REPO
 
 BENCH = REPO / "tests/bench"
-SECTIONS = {"ceilings", "bridge_train", "bridge_inference", "htsat_embed", "llama_train", "llama_generate", "estimate"}
+SECTIONS = {"ceilings", "bridge_train", "bridge_inference", "htsat_embed", "llama_train", "llama_generate", "estimate", "mini_full"}
 RUN = """
 import runpy, sys
 from importlib.machinery import PathFinder

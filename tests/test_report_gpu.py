@@ -56,4 +56,4 @@ def test_the_memory_of_a_captioner_is_that_of_its_batch(tmp_path):
     rows = [{"section": "llama_train", "name": "peak_memory_checkpointed", "value": value, "batch": batch} for batch, value in ((64, 9.94), (16, 3.14))]
     text = memory_line(write(tmp_path, *rows))
     assert "3.1 GiB" in text and "9.9" not in text
-    assert "clips at not measured" in text
+    assert "sequences at not measured" in text

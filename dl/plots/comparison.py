@@ -1,6 +1,7 @@
 """Figures of Table 1: every system's gap metrics with intervals, and the gap against what it was closed for."""
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -64,14 +65,34 @@ def plot_trade_off(frame: pd.DataFrame, x: str = "rmg", y: str = "recall_at_10",
     data = summary(frame, [x, y], split, bounds=False)
     wide = data.pivot(index="system", columns="metric").loc[list(dict.fromkeys(data.system))]
     figure, (axis,) = panels(1, width=1.7 * COLUMN, height=3.3)
+    points, colours = wide["value"][[x, y]].to_numpy(), []
     for number, (system, row) in enumerate(wide.iterrows(), 1):
         px, py, colour = row["value", x], row["value", y], system_colour(system)
         bright = 0.25 if colour == GREY else 0.8
         axis.plot([row["ci_low", x], row["ci_high", x]], [py, py], color=colour, linewidth=0.7, alpha=bright)
         axis.plot([px, px], [row["ci_low", y], row["ci_high", y]], color=colour, linewidth=0.7, alpha=bright)
-        axis.plot(px, py, "o", color="white", markersize=8, zorder=3)
-        axis.plot(px, py, linestyle="", marker=f"${number}$", markersize=7, markeredgewidth=0.2, label=system, zorder=4,
-                  color="black" if colour == GREY else colour)
+        colours.append("black" if colour == GREY else colour)
+        axis.plot(px, py, "o", color=colours[-1], markersize=3, zorder=3)
+        axis.plot([], [], linestyle="", marker=f"${number}$", markersize=7, markeredgewidth=0.2, label=system, color=colours[-1])
     axis.set(xlabel=TITLES.get(x, x) + " (smaller is nearer)", ylabel=TITLES.get(y, y))
     figure.legend(loc="outside right center")
+    figure.canvas.draw()                                                                   # where the points are is known from here on
+    places = axis.transData.transform(points) * 72 / figure.dpi
+    for number, (point, offset, colour) in enumerate(zip(points, free_offsets(places), colours, strict=True), 1):
+        axis.annotate(str(number), point, offset, textcoords="offset points", ha="center", va="center", fontsize=7, color=colour, zorder=4,
+                      arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": colour, "shrinkA": 3, "shrinkB": 1})
     return figure, data
+
+
+def free_offsets(places: np.ndarray, room: float = 9.0) -> list[tuple[float, float]]:
+    """Where to write beside each of n points so that no two writings come nearer than ``room``, nor one to a point: (n, 2) in points -> n offsets."""
+    angles = np.linspace(0.4, 0.4 + 2 * np.pi, 16, endpoint=False)
+    rings = [(radius * np.cos(angle), radius * np.sin(angle)) for radius in (8, 14, 20, 28, 36, 44) for angle in angles]
+    taken, offsets = [], []
+    for place in places:
+        def space(offset: tuple[float, float], place: np.ndarray = place) -> float:
+            return min(np.linalg.norm(np.array([*taken, *places]) - place - offset, axis=1))
+        best = next((offset for offset in rings if space(offset) >= room), None) or max(rings, key=space)
+        taken.append(place + best)
+        offsets.append(best)
+    return offsets

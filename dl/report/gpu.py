@@ -36,7 +36,7 @@ PARTS = (
     *(Part(f"captioner, a step of {batch} captions{note}", "llama_train", f"step_time{end}", "{:.3f} s",
            f"model_utilisation{end}", "{:.0%} of the matrix product", f"peak_memory{end}", {"batch": str(batch)})
       for batch in (16, 64) for note, end in ((", gradient checkpointing", "_checkpointed"), ("", ""))),
-    *(Part(f"captioner, captions of 30 tokens, {decoding}, batch 64", "llama_generate", f"clips_per_s_{end}", "{:,.1f} clips/s",
+    *(Part(f"captioner, captions of 30 tokens, {decoding}, 64 sequences at a time", "llama_generate", f"clips_per_s_{end}", "{:,.1f} clips/s",
            f"bandwidth_share_{end}", "{:.0%} of the copy rate", f"peak_memory_{end}")
       for decoding, end in (("beam 4", "beam_4"), ("greedy", "greedy"))),
     *(Part(f"CLAP's audio tower, {dtype}, batch {batch}", "htsat_embed", "clips_per_s", "{:,.0f} clips/s",
@@ -47,6 +47,9 @@ PARTS = (
     Part("bridge, one step, 1,000 vectors", "bridge_inference", "one_step", "{:.2f} ms"),
     Part("bridge, 5 DDIM steps, 1,000 vectors", "bridge_inference", "ddim_5_steps", "{:.2f} ms"),
     Part("Diffusion Bridge's sampler, 5 steps, 1,000 vectors", "bridge_inference", "diffusion_bridge_5_steps", "{:.2f} ms"),
+    Part("profile mini: a fit of the bridge", "mini_full", "bridge_fit", "{:.1f} s"),
+    Part("profile mini: a fit of a caption decoder", "mini_full", "decoder_fit", "{:.0f} s"),
+    Part("profile mini: captions of the test clips, beam 4", "mini_full", "captions", "{:.1f} s"),
 )
 HOURS = {
     "embed_features": "log-mels of all clips, one process on the CPU",

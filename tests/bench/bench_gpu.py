@@ -1,4 +1,4 @@
-"""Speed and memory of the paper profile's parts on one GPU, with random weights and random data of the real shapes.
+"""Speed and memory of the paper profile's parts on one GPU, with random weights and random data of the real shapes; then the mini profile's fits.
 
     python tests/bench/bench_gpu.py --out results [--budget-seconds 360] [--tiny]
 
@@ -32,9 +32,9 @@ import torch
 from random_captioner import RandomCaptioner
 from recorder import Recorder, stopwatch
 
-from dl.config import BridgeConfig, CaptionerConfig, get_profile
+from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
 
-PAPER = get_profile("paper")
+PAPER, MINI = get_profile("paper"), get_profile("mini")
 BRIDGE = replace(PAPER.bridge, train_steps=350)
 CAPTIONER = replace(PAPER.captioner, language_model="random Llama-2-7B", revision=None, patience=0, train_steps=15)
 CLIPS = {"train": 49_838, "val": 495, "test": 975}                   # AudioCaps 1.0
@@ -65,6 +65,8 @@ class Sizes:
     train_warmup: int = 3
     clips: int = 64                              # captions generated in a batch
     new_tokens: int = NEW_TOKENS
+    mini: Profile = MINI                         # its fits, at their own sizes
+    mini_clips: int = 600                        # of its test split
 
 
 LAYER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -75,7 +77,7 @@ TINY = Sizes(
                                                  "num_attention_heads": [1, 1, 2, 2], "hidden_size": 128}},
     clap_batches=(1, 16), seconds=0.5, llama={**LAYER, "vocab_size": 256, "max_position_embeddings": 128},
     captioner=replace(CAPTIONER, language_model="random tiny Llama", train_steps=4, projector_width=24, lora_r=2),
-    train_batches=(16,), train_warmup=1, clips=4, new_tokens=4)
+    train_batches=(16,), train_warmup=1, clips=4, new_tokens=4, mini=get_profile("smoke"), mini_clips=4)
 
 
 # -------------------------------------------------------------------------------------------------------------- ceilings
@@ -299,6 +301,51 @@ def estimate(bench: Recorder) -> None:
         bench.record("estimate", "total", "h", sum(hours), "sum of the rows above")
 
 
+# ------------------------------------------------------------------------------------------------------------ mini profile
+def mini_full(bench: Recorder, sizes: Sizes) -> None:
+    """What ``--full`` of profile mini makes on a GPU, three seeds: one fit of each kind and one list of captions, times how many there are.
+
+    The captions are those of data/mini, the language model is the real one, the vectors are random; scoring, which needs no GPU, is left out.
+    """
+    from dl.bridge.training import train_bridge
+    from dl.captioner.captioner import LLMCaptioner
+    from dl.captioner.training import train_captioner
+    from dl.captioning import supervised_rows, zero_shot_rows
+    from dl.data import load_split
+    from dl.experiments import FITS
+    from dl.peers import REGISTRY
+
+    config = sizes.mini
+    split, seeds = load_split(config, "train"), len(MINI.seeds)
+    captions = [caption for texts in split.captions for caption in texts][: sizes.pairs]
+    audio, text = (torch.nn.functional.normalize(torch.randn(n, 256, generator=torch.Generator().manual_seed(n)), dim=1)
+                   for n in (min(len(split), sizes.pairs), len(captions)))
+    captioner = LLMCaptioner(256, config.captioner).to(bench.device)
+    rows, strict = [*zero_shot_rows(MINI, full=True), *supervised_rows(full=True)], 3                   # of the disjoint setting: one decoder, three rows
+    counts = {
+        "bridge_fit": seeds * (sum(REGISTRY[name].trained for name in FITS) + 2),                       # and text_to_audio, and the disjoint bridge
+        "decoder_fit": seeds * (len({row.decoder for row in rows}) + 1),
+        "captions": seeds * (len(rows) + strict),
+    }
+    work = {
+        "bridge_fit": (lambda: train_bridge(config.bridge, audio.to(bench.device), audio.to(bench.device), torch.arange(len(audio)), seed=0, progress=False),
+                       f"{config.bridge.train_steps} steps of {config.bridge.batch_size}"),
+        "decoder_fit": (lambda: train_captioner(captioner, text, captions, seed=0), f"{config.captioner.train_steps} steps of {config.captioner.batch_size}"),
+        "captions": (lambda: captioner.eval().generate(text[: sizes.mini_clips], num_beams=4, max_new_tokens=config.captioner.max_new_tokens, batch_size=300),
+                     f"{sizes.mini_clips} clips, beam 4"),
+    }
+    for name, (call, reason) in work.items():
+        def measure(name: str = name, call=call, reason: str = reason) -> None:
+            bench.record("mini_full", name, "s", stopwatch(call, bench.device, 1, warmup=0, host=True), reason, dtype="float32")
+        bench.attempt(measure, "mini_full", name)
+    seconds = [bench.value("mini_full", name) for name in counts]
+    formula = " + ".join(f"{count} x {name}" for name, count in counts.items())
+    if None in seconds:
+        bench.not_measured("mini_full", "total", f"a part was not measured: {formula}", unit="h")
+    else:
+        bench.record("mini_full", "total", "h", sum(count * value for count, value in zip(counts.values(), seconds, strict=True)) / 3600, formula)
+
+
 def inverse(seconds: float | None) -> float | None:
     """Per second."""
     return None if seconds is None else 1 / seconds
@@ -328,6 +375,7 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:                                   # noqa: BLE001  the next section may still be measured
             bench.not_measured(name, "section", f"{type(error).__name__}: {error}")
     estimate(bench)
+    mini_full(bench, sizes)
     print(f"wrote {len(bench.rows)} rows, {sum(row['status'] != 'ok' for row in bench.rows)} of them not measured")
     return 0
 
