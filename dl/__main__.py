@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
                               description="Run every notebook that is not up to date. Also: ./run_all.sh test [--slow] runs the tests, "
                                           "./run_all.sh check looks at the environment.")
     run.add_argument("--profile", choices=PROFILES, default="mini", help="smoke (minutes), mini (default) or paper (AudioCaps; your own paths by DL_SETTINGS=my.toml, see README)")
-    run.add_argument("--only", nargs="+", metavar="NN", help="run these stages alone, A1 and A2 included")
+    run.add_argument("--only", nargs="+", metavar="NN", help="run these stages alone, A1, A2 and A3 included")
     run.add_argument("--from", dest="start", metavar="NN", help="leave out the stages before NN")
     run.add_argument("--seeds", type=int, metavar="N", help="training seeds 0 .. N-1 in place of the profile's")
     run.add_argument("--full", action="store_true", help="the committed results: every seed, peer and ablation; hours")

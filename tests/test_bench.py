@@ -76,9 +76,10 @@ def bench():
 
 def test_every_section_is_measured(rows, recorder):
     assert tuple(rows[0]) == recorder.COLUMNS
-    assert not [row for row in rows if row["status"] != "ok"]
+    unmeasured = [row for row in rows if row["status"] != "ok"]
+    assert {row["section"] for row in unmeasured} <= {"mini_full"} and all(row["reason"] for row in unmeasured), "mini's language model may not be installed"
     assert {row["section"] for row in rows} == SECTIONS
-    for row in rows:
+    for row in (row for row in rows if row["status"] == "ok"):
         low, value, high = (float(row[name]) for name in ("value_min", "value", "value_max"))
         assert math.isfinite(high) and 0 < low <= value <= high and row["unit"] and row["card"] == "cpu", row
 
@@ -98,6 +99,16 @@ def test_the_estimate_counts_what_a_default_run_trains_and_generates(bench):
 
     rows = [*zero_shot_rows(bench.PAPER), *supervised_rows()]
     assert len(rows) == bench.CAPTION_ROWS and len({row.decoder for row in rows}) == bench.DECODERS
+
+
+def test_the_mini_profile_counts_what_full_fits_and_generates(bench):
+    from dl.captioning import supervised_rows, zero_shot_rows
+    from dl.experiments import FITS
+    from dl.peers import REGISTRY
+
+    rows, seeds = [*zero_shot_rows(bench.MINI, full=True), *supervised_rows(full=True)], len(bench.MINI.seeds)
+    trained = sum(REGISTRY[name].trained for name in FITS) + 2                              # and text_to_audio, and the disjoint bridge
+    assert bench.MINI_PARTS == {"bridge_fit": seeds * trained, "decoder_fit": seeds * (len({row.decoder for row in rows}) + 1), "captions": seeds * (len(rows) + 3)}
 
 
 def test_what_comes_too_late_stands_in_the_file_with_its_reason(bench, tmp_path, monkeypatch):

@@ -266,3 +266,13 @@ def test_both_panels_of_the_encoders_training_show_the_same_epochs():
 def test_one_role_without_links_is_drawn():
     figure = plot_circles({"alone": {"text": np.zeros((3, 2))}}, links=False)
     assert len(figure.axes) == 1
+
+
+def test_numbers_beside_tied_points_keep_apart():
+    from dl.plots.comparison import free_offsets
+
+    places = np.array([[100.0, 100.0]] * 5 + [[103.0, 99.0]] * 4 + [[160.0, 40.0]])
+    written = places + np.array(free_offsets(places, room=9.0))
+    apart = np.linalg.norm(written[:, None] - written[None], axis=-1)[~np.eye(len(written), dtype=bool)]
+    assert apart.min() >= 9.0 and np.linalg.norm(written[:, None] - places[None], axis=-1).min() >= 7.9
+    assert free_offsets(places[:1]) == free_offsets(places[-1:]), "a lone point's number stands where any lone point's does"

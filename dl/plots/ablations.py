@@ -100,7 +100,7 @@ def _stacked(rows: pd.DataFrame, names: list[str]) -> tuple[Figure, pd.DataFrame
     for axis, metric in zip(axes, METRICS, strict=True):
         axis.set(xlabel=metric_title(metric), ylim=(y - 0.6, -0.4))
         axis.tick_params(axis="y", length=0)
-        axis.locator_params(axis="x", nbins=4)
+        axis.locator_params(axis="x", nbins=3)
     axes[0].set_yticks(list(ticks), list(ticks.values()))
     figure.legend(handles=legend_handles(), loc="outside lower center", ncols=3)
     return figure, data

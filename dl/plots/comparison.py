@@ -88,7 +88,8 @@ def free_offsets(places: np.ndarray, room: float = 9.0) -> list[tuple[float, flo
     """Where to write beside each of n points so that no two writings come nearer than ``room``, nor one to a point: (n, 2) in points -> n offsets."""
     angles = np.linspace(0.4, 0.4 + 2 * np.pi, 16, endpoint=False)
     rings = [(radius * np.cos(angle), radius * np.sin(angle)) for radius in (8, 14, 20, 28, 36, 44) for angle in angles]
-    taken, offsets = [], []
+    taken: list[np.ndarray] = []
+    offsets: list[tuple[float, float]] = []
     for place in places:
         def space(offset: tuple[float, float], place: np.ndarray = place) -> float:
             return min(np.linalg.norm(np.array([*taken, *places]) - place - offset, axis=1))

@@ -150,9 +150,9 @@ def plot_encoder_training(history: pd.DataFrame) -> Figure:
     left.plot(history.epoch, history.loss, marker="o", color="black")
     left.set(xlabel="epoch", ylabel="InfoNCE (nats)", ylim=(0, None))
     for column, marker, line in (("recall_at_10", "o", "-"), ("recall_at_1", "s", "--")):
-        right.plot(history.epoch, history[column], marker=marker, linestyle=line, color=COLOURS["audio"], label=column.replace("recall_at_", "R@"))
+        right.plot(history.epoch, history[column], marker=marker, linestyle=line if history[column].notna().sum() > 1 else "", color=COLOURS["audio"], label=column.replace("recall_at_", "R@"))
     right.set(xlabel="epoch", ylabel="recall on val", xlim=left.get_xlim(), ylim=(0, 1))
-    right.legend()
+    right.legend(loc="lower left")
     return figure
 
 
@@ -164,14 +164,14 @@ def plot_layouts(scenes: pd.DataFrame, seconds: dict[str, float]) -> Figure:
         scenes: rows of ``scenes.csv``.
         seconds: recording id -> its length in s.
     """
-    figure, axes = plt.subplots(len(scenes), 1, figsize=(PAGE, 0.75 * len(scenes) + 0.4), sharex=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(len(scenes), 1, figsize=(PAGE, 1.05 * len(scenes) + 0.4), sharex=True, layout="constrained", squeeze=False)
     for axis, (_, scene) in zip(axes[:, 0], scenes.iterrows(), strict=True):
         bars = score_frame(scene, seconds)
         for row, bar in bars.iterrows():
-            axis.barh(row, bar.end_s - bar.start_s, left=bar.start_s, height=0.85 * 10 ** (bar.gain_db / 20), color=COLOURS["audio"])
-            axis.text(bar.start_s + 0.05, row, bar.label, va="center", fontsize=7)
+            axis.barh(row, bar.end_s - bar.start_s, left=bar.start_s, height=0.55 * 10 ** (bar.gain_db / 20), color=COLOURS["audio"])
+            axis.text(bar.start_s, row - 0.3, bar.label, va="bottom", fontsize=7)
         axis.axvline(float(scene.seconds), color="black", linewidth=0.8)
-        axis.set(yticks=[], ylim=(len(bars) - 0.4, -0.6), xlim=(0, 10))
+        axis.set(yticks=[], ylim=(len(bars) - 0.6, -0.8), xlim=(0, 10))
         axis.set_title(scene.layout, loc="left", pad=2)
     axes[-1, 0].set_xlabel("time (s); the black line is the end of the scene")
     return figure

@@ -78,7 +78,7 @@ def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np
 
     Args:
         audio, text: (n, D), (m, D) vectors of train, of which about ``points`` each are drawn; their means span the gap.
-        raw, bridged: (c, D) vectors of the clips; an arrow leads from the one to the other.
+        raw, bridged: (c, D) vectors of the clips; an arrow leads from the one to the other, numbered from 1.
 
     Returns:
         The figure, and the data behind it: role, x, y.
@@ -93,6 +93,8 @@ def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np
     for name, role in (("raw", "audio"), ("bridged", "bridged")):
         axis.scatter(plane[name][:, 0], plane[name][:, 1], s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4,
                      label=f"your clip, {name}")
+    for number, place in enumerate(start, 1):
+        axis.annotate(str(number), place, (-9, 5), textcoords="offset points", zorder=5)
     for position in (0, 1):
         axis.axvline(position, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
     axis.set(xlabel="share of the gap crossed (0: mean sound, 1: mean caption, of train)", ylabel="first component of captions\nat a right angle")
@@ -146,14 +148,14 @@ def plot_crossing(plane: dict[str, np.ndarray], planes: dict[str, dict[str, np.n
     above.set_title("along the gap, from the mean sound to the mean caption")
     others = [figure.add_subplot(side[row]) for row in range(2)]
     for axis, (title, points) in zip(others, planes.items(), strict=True):
-        scatter_roles(axis, {role: points[role] for role in on_top}, size=2.5)
+        scatter_roles(axis, {role: points[role] for role in on_top}, size=4 if title in without_centroids else 2.5)
         across, up = axis_names[title]
         axis.set(title=title, xlabel=across, ylabel=up.replace(" (", "\n("), xticks=[], yticks=[])
         axis.set_aspect("equal", adjustable="datalim")
     for axis, points in ((main, plane), *zip(others, planes.values(), strict=True)):
-        for role, size in zip(on_top, (60, 80, 40), strict=False) if axis.get_title() not in without_centroids else ():
+        for role, size in zip(on_top, (150, 60, 22), strict=False) if axis.get_title() not in without_centroids else ():
             x, y = np.mean(points[role], 0)
-            axis.scatter(x, y, s=size, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
+            axis.scatter(x, y, s=size, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)   # the next is smaller: it hides none
     handles = dict(zip(*main.get_legend_handles_labels()[::-1], strict=True))
     figure.legend([handles[role] for role in plane], list(plane), loc="outside lower center", ncols=len(plane), markerscale=1.5)
     return figure

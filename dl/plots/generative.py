@@ -60,6 +60,7 @@ def plot_consensus(frame: pd.DataFrame, metric: str = "cider_d") -> tuple[Figure
                 axis.plot(row.value, y, "^" if is_diffusion(answer) else "s", color=colour)
         axis.axvline(0, color="black", linewidth=0.6)
         axis.set(xlabel=f"{metric} minus that of {baseline}")
+        axis.locator_params(axis="x", nbins=4)
     axes[0].set_yticks(range(len(answers)), [name.replace("_mbr", ", consensus").replace("_mean", ", mean of samples") for name in reversed(answers)])
     return figure, data
 
@@ -83,7 +84,7 @@ def plot_spread(frame: pd.DataFrame, clips: pd.DataFrame, groups: int = 6) -> tu
         means = of_system.groupby(group)[["spread", "error"]].mean()
         left.plot(means.spread, means.error, marker=marker, color=COLOURS["bridged"], linestyle="-" if marker == "^" else ":", label=system)
         parts.append(means.assign(system=system, metric="error of a group"))
-    left.set(xlabel="spread of the samples, mean of a group", ylabel="1 - cos(mean of samples, text)")
+    left.set(xscale="log", xlabel="spread of the samples, mean of a group", ylabel="1 - cos(mean of samples, text)")
     left.legend()
     data = rows_of(frame, "spread")
     predictors = list(dict.fromkeys(data.system))

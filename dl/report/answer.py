@@ -159,7 +159,8 @@ def why_line(e: Evidence) -> str:
     if table.empty or not params:
         return ""
     k, signal = params["start_timestep"], signal_share(e.profile.bridge, params["start_timestep"])
-    line = f"**Why:** val chose start step k\\* = {k}, where {signal:.2%} of the variance is still signal, and one step. ".replace("%", " %")
+    off = "topology weight 0 (no topology loss) and " if params.get("topology_weight") == 0 else ""
+    line = f"**Why:** val chose {off}start step k\\* = {k}, where {signal:.2%} of the variance is still signal, and one step. ".replace("%", " %")
     if signal > NEARLY_ALL:
         line += "A network trained on pairs then answers with the median caption vector for the sound, which is what regression learns. "
     rank = table[table.space == "text"].set_index("system").effective_rank
@@ -205,7 +206,7 @@ def conclusion(e: Evidence) -> str:
     parts = []
     if "alike" in outcomes:
         parts.append("That it has to be a diffusion model is not shown: in zero-shot CIDEr-D it is not told apart from "
-                     f"{' and '.join(outcomes['alike'])}.")
+                     f"{' or '.join(', '.join(outcomes['alike']).rsplit(', ', 1))}.")
     if "better" in outcomes:
         parts.append(f"Its captions score above those of {' and '.join(outcomes['better'])}.")
     if "worse" in outcomes:

@@ -22,12 +22,14 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")                         # before any import of huggingface_hub reads it
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
+import pandas as pd
 import torch
 from random_captioner import RandomCaptioner
 from recorder import Recorder, stopwatch
@@ -42,6 +44,7 @@ CAPTIONS = CLIPS["train"] + 5 * (CLIPS["val"] + CLIPS["test"])       # one a cli
 DECODERS, CAPTION_ROWS = 3, 7                                        # of a default run: dl.captioning's ZERO_SHOT and SUPERVISED
 CAPTION_TOKENS = 20                                                  # of a caption with its eos
 NEW_TOKENS = 30
+MINI_PARTS = {"bridge_fit": 24, "decoder_fit": 24, "captions": 81}   # fits and lists of mini's --full: Table 1's, Table 2's and the disjoint setting's
 
 
 @dataclass(frozen=True)
@@ -303,47 +306,43 @@ def estimate(bench: Recorder) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ mini profile
 def mini_full(bench: Recorder, sizes: Sizes) -> None:
-    """What ``--full`` of profile mini makes on a GPU, three seeds: one fit of each kind and one list of captions, times how many there are.
+    """What ``--full`` of profile mini makes on a GPU, three seeds: one fit of each kind and one list of captions, times ``MINI_PARTS``.
 
     The captions are those of data/mini, the language model is the real one, the vectors are random; scoring, which needs no GPU, is left out.
     """
     from dl.bridge.training import train_bridge
     from dl.captioner.captioner import LLMCaptioner
     from dl.captioner.training import train_captioner
-    from dl.captioning import supervised_rows, zero_shot_rows
-    from dl.data import load_split
-    from dl.experiments import FITS
-    from dl.peers import REGISTRY
 
-    config = sizes.mini
-    split, seeds = load_split(config, "train"), len(MINI.seeds)
-    captions = [caption for texts in split.captions for caption in texts][: sizes.pairs]
-    audio, text = (torch.nn.functional.normalize(torch.randn(n, 256, generator=torch.Generator().manual_seed(n)), dim=1)
-                   for n in (min(len(split), sizes.pairs), len(captions)))
-    captioner = LLMCaptioner(256, config.captioner).to(bench.device)
-    rows, strict = [*zero_shot_rows(MINI, full=True), *supervised_rows(full=True)], 3                   # of the disjoint setting: one decoder, three rows
-    counts = {
-        "bridge_fit": seeds * (sum(REGISTRY[name].trained for name in FITS) + 2),                       # and text_to_audio, and the disjoint bridge
-        "decoder_fit": seeds * (len({row.decoder for row in rows}) + 1),
-        "captions": seeds * (len(rows) + strict),
-    }
-    work = {
-        "bridge_fit": (lambda: train_bridge(config.bridge, audio.to(bench.device), audio.to(bench.device), torch.arange(len(audio)), seed=0, progress=False),
-                       f"{config.bridge.train_steps} steps of {config.bridge.batch_size}"),
-        "decoder_fit": (lambda: train_captioner(captioner, text, captions, seed=0), f"{config.captioner.train_steps} steps of {config.captioner.batch_size}"),
-        "captions": (lambda: captioner.eval().generate(text[: sizes.mini_clips], num_beams=4, max_new_tokens=config.captioner.max_new_tokens, batch_size=300),
-                     f"{sizes.mini_clips} clips, beam 4"),
-    }
-    for name, (call, reason) in work.items():
-        def measure(name: str = name, call=call, reason: str = reason) -> None:
-            bench.record("mini_full", name, "s", stopwatch(call, bench.device, 1, warmup=0, host=True), reason, dtype="float32")
+    config, made = sizes.mini, []
+    captions = pd.read_csv(config.data_dir / "train.csv").caption.tolist()[: sizes.pairs]
+    text = torch.nn.functional.normalize(torch.randn(len(captions), 256, generator=torch.Generator().manual_seed(0)), dim=1)
+
+    def timed(name: str, call: Callable[[], object], reason: str) -> None:
+        bench.record("mini_full", name, "s", stopwatch(call, bench.device, 1, warmup=0, host=True), reason, dtype="float32")
+
+    def fit_bridge() -> None:
+        x = text.to(bench.device)
+        timed("bridge_fit", lambda: train_bridge(config.bridge, x, x, torch.arange(len(x)), seed=0, progress=False),
+              f"{config.bridge.train_steps} steps of {config.bridge.batch_size}")
+
+    def fit_decoder() -> None:
+        captioner = LLMCaptioner(256, config.captioner).to(bench.device)
+        timed("decoder_fit", lambda: train_captioner(captioner, text, captions, seed=0), f"{config.captioner.train_steps} steps of {config.captioner.batch_size}")
+        made.append(captioner.eval())
+
+    def generate() -> None:
+        captioner, = made
+        timed("captions", lambda: captioner.generate(text[: sizes.mini_clips], num_beams=4, max_new_tokens=config.captioner.max_new_tokens, batch_size=300),
+              f"{sizes.mini_clips} clips, beam 4")
+
+    for name, measure in (("bridge_fit", fit_bridge), ("decoder_fit", fit_decoder), ("captions", generate)):
         bench.attempt(measure, "mini_full", name)
-    seconds = [bench.value("mini_full", name) for name in counts]
-    formula = " + ".join(f"{count} x {name}" for name, count in counts.items())
+    seconds, formula = [bench.value("mini_full", name) for name in MINI_PARTS], " + ".join(f"{count} x {name}" for name, count in MINI_PARTS.items())
     if None in seconds:
         bench.not_measured("mini_full", "total", f"a part was not measured: {formula}", unit="h")
     else:
-        bench.record("mini_full", "total", "h", sum(count * value for count, value in zip(counts.values(), seconds, strict=True)) / 3600, formula)
+        bench.record("mini_full", "total", "h", sum(count * value for count, value in zip(MINI_PARTS.values(), seconds, strict=True)) / 3600, formula)
 
 
 def inverse(seconds: float | None) -> float | None:
@@ -368,14 +367,13 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     llama = RandomCaptioner(sizes.embed_dim, sizes.captioner, sizes.llama, device)
     sections = {"ceilings": ceilings, "bridge_train": bridge_train, "htsat_embed": htsat_embed,
-                "llama_train": lambda *parts: llama_train(*parts, llama), "llama_generate": lambda *parts: llama_generate(*parts, llama)}
+                "llama_train": lambda *parts: llama_train(*parts, llama), "llama_generate": lambda *parts: llama_generate(*parts, llama), "mini_full": mini_full}
     for name, section in sections.items():
         try:
             section(bench, sizes)
         except Exception as error:                                   # noqa: BLE001  the next section may still be measured
             bench.not_measured(name, "section", f"{type(error).__name__}: {error}")
     estimate(bench)
-    mini_full(bench, sizes)
     print(f"wrote {len(bench.rows)} rows, {sum(row['status'] != 'ok' for row in bench.rows)} of them not measured")
     return 0
 
