@@ -152,10 +152,10 @@ def plot_crossing(plane: dict[str, np.ndarray], planes: dict[str, dict[str, np.n
         across, up = axis_names[title]
         axis.set(title=title, xlabel=across, ylabel=up.replace(" (", "\n("), xticks=[], yticks=[])
         axis.set_aspect("equal", adjustable="datalim")
-    for axis, points in ((main, plane), *zip(others, planes.values(), strict=True)):
+    for axis, points in ((main, plane), *zip(others, planes.values(), strict=True)):      # each centroid is smaller than the one before: it hides none
         for role, size in zip(on_top, (150, 60, 22), strict=False) if axis.get_title() not in without_centroids else ():
             x, y = np.mean(points[role], 0)
-            axis.scatter(x, y, s=size, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)   # the next is smaller: it hides none
+            axis.scatter(x, y, s=size, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4)
     handles = dict(zip(*main.get_legend_handles_labels()[::-1], strict=True))
     figure.legend([handles[role] for role in plane], list(plane), loc="outside lower center", ncols=len(plane), markerscale=1.5)
     return figure
