@@ -7,7 +7,7 @@ The package in reading order, each module importing only what stands above it:
 * ``audio``        sound files, opened with distrust
 * ``data``         clips and captions; ``scenes`` mixes those of data/mini from real recordings, ``audiocaps`` knows its layouts and counts
 * ``precision``    float32 or bfloat16, whichever the machine computes faster
-* ``workers``      independent fits side by side, several processes on a CPU
+* ``workers``      independent fits and scores side by side, several processes on a CPU
 * ``encoder/``     the frozen CLAP encoder and its embedding cache
 * ``bridge/``      Diffusion-Link: noise schedule, network, losses, training loop
 * ``captioner/``   a frozen language model that puts one vector into words; captions of your own files

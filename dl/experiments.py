@@ -16,13 +16,14 @@ from typing import Any
 
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dl.bridge.network import INFERENCE_FIELDS
 from dl.config import BridgeConfig, Profile
 from dl.data import Split, ids_sha256
 from dl.encoder.clap import Embeddings
-from dl.metrics.bootstrap import SystemScores, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
+from dl.metrics.bootstrap import Draws, SystemScores, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
 from dl.metrics.gap import gap_functions, gap_metrics
 from dl.peers import REGISTRY, Peer, build
 from dl.peers.trained import DiffusionLinkPeer, TrainedPeer
@@ -176,7 +177,7 @@ def search(profile: Profile, system: str, train: Embeddings, val: Embeddings, pr
 def score_table(
     profile: Profile, systems: list[str], train: Embeddings, test: Embeddings, split: Split, progress: bool = True
 ) -> tuple[dict[tuple[str, str], SystemScores], list[dict]]:
-    """Fit every system with every training seed and score it on test.
+    """Fit every system with every training seed and score it on test, several systems side by side where there is no GPU.
 
     Args:
         systems: names of the registry, and "text_floor".
@@ -196,37 +197,51 @@ def score_table(
         "test:new_source": (frame.shares_source == "0").to_numpy(),
     } if "seen" in frame else {}
     shared: dict[str, Any] = {"experiment": "gap", "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
+    fitted = fit_systems(profile, [system for system in systems if system != "text_floor"], train, progress=progress)
+    peers = {system: {seed: peer for (name, seed), peer in fitted.items() if name == system} for system in systems}
+    parts = [(system, peers[system], test, labels, draws, subsets, profile.noise_seeds, shared) for system in systems]
     scores: dict[tuple[str, str], SystemScores] = {}
     rows: list[dict] = []
-    fitted = fit_systems(profile, [system for system in systems if system != "text_floor"], train, progress=progress)
-    for system in systems:
-        reference = make_reference(test, labels)
+    for system, (of_system, rows_of_system) in zip(systems, side_by_side(_score, parts, profile.processes, gb_each=1.2), strict=True):
+        scores |= of_system
+        rows += rows_of_system
         if system == "text_floor":
-            mapped, reference = text_floor(test, reference)
-            scores[system, "text"] = score_system(system, [(0, 0, mapped)], reference, draws)
-            rows += scores[system, "text"].rows(**shared, split="test", space="text")
             continue
-        seeds = profile.seeds if REGISTRY[system].trained else (0,)
-        peers = [fitted[system, seed] for seed in seeds]
-        spaces, source = (("audio",), opposite(test)) if system == "text_to_audio" else (("text", "centred") if peers[0].centred else ("text",), test)
-        for space in spaces:
-            means = (peers[0].audio_mean.float(), peers[0].text_mean.float()) if space == "centred" else None
-            space_reference = make_reference(source, labels, means)
-            runs = [run for seed, peer in zip(seeds, peers, strict=True)
-                    for run in map_runs(peer, source.audio, seed, profile.noise_seeds, "text" if space == "audio" else space)]
-            functions = [(seed, noise_seed, gap_functions(vectors, space_reference)) for seed, noise_seed, vectors in runs]
-            scores[system, space] = score_clips(system, functions, draws)
-            rows += scores[system, space].rows(**shared, split="test", space=space)
-            watched = [(seed, noise_seed, {metric: of_run[metric] for metric in WATCHED}) for seed, noise_seed, of_run in functions]
-            for name, mask in subsets.items() if space == "text" else ():
-                rows += score_clips(system, watched, draws, mask, heavy_samples=0).rows(each_run=False, **shared, split=name, space=space)
-        rows += [{**shared, "system": system, "split": "test", "space": spaces[0], "seed": "all", "noise_seed": "all", "n_items": len(test.clip_ids),
-                  "metric": metric, "value": value}
-                 for metric, value in (("parameters", peers[0].num_parameters), ("ms_per_1000", time_per_1000(peers[0], source.audio, repeats=3)))]
+        space, source = ("audio", opposite(test)) if system == "text_to_audio" else ("text", test)
+        peer = next(iter(peers[system].values()))
+        costs = {"parameters": peer.num_parameters, "ms_per_1000": time_per_1000(peer, source.audio, repeats=3)}
+        rows += [{**shared, "system": system, "split": "test", "space": space, "seed": "all", "noise_seed": "all", "n_items": len(test.clip_ids),
+                  "metric": metric, "value": value} for metric, value in costs.items()]
     ours = scores.get(("diffusion_link", "text"))
     for baseline in comparisons("gap"):
         if ours and (baseline, "text") in scores:
             rows += paired_difference(ours, scores[baseline, "text"], **{**shared, "experiment": "gap:paired"}, split="test", space="text")
+    return scores, rows
+
+
+def _score(
+    system: str, peers: dict[int, Peer], test: Embeddings, labels: list[frozenset[str]] | None, draws: Draws, subsets: dict[str, NDArray],
+    noise_seeds: tuple[int, ...], shared: dict[str, Any],
+) -> tuple[dict[tuple[str, str], SystemScores], list[dict]]:
+    """What ``score_table`` returns, of one system, given the peer of every training seed."""
+    if system == "text_floor":
+        mapped, reference = text_floor(test, make_reference(test, labels))
+        floor = score_system(system, [(0, 0, mapped)], reference, draws)
+        return {(system, "text"): floor}, floor.rows(**shared, split="test", space="text")
+    scores: dict[tuple[str, str], SystemScores] = {}
+    rows: list[dict] = []
+    peer = next(iter(peers.values()))
+    spaces, source = (("audio",), opposite(test)) if system == "text_to_audio" else (("text", "centred") if peer.centred else ("text",), test)
+    for space in spaces:
+        reference = make_reference(source, labels, (peer.audio_mean.float(), peer.text_mean.float()) if space == "centred" else None)
+        runs = [run for seed, of_seed in peers.items()
+                for run in map_runs(of_seed, source.audio, seed, noise_seeds, "text" if space == "audio" else space)]
+        functions = [(seed, noise_seed, gap_functions(vectors, reference)) for seed, noise_seed, vectors in runs]
+        scores[system, space] = score_clips(system, functions, draws)
+        rows += scores[system, space].rows(**shared, split="test", space=space)
+        watched = [(seed, noise_seed, {metric: of_run[metric] for metric in WATCHED}) for seed, noise_seed, of_run in functions]
+        for name, mask in subsets.items() if space == "text" else ():
+            rows += score_clips(system, watched, draws, mask, heavy_samples=0).rows(each_run=False, **shared, split=name, space=space)
     return scores, rows
 
 

@@ -1,7 +1,9 @@
 """The encoder's promises: unit norm, the same vector for the same input, a cache that resumes, clips that are skipped by name."""
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -62,6 +64,40 @@ def test_a_batch_changes_no_row(encoder, sounds):
     assert torch.allclose(together.flip(0), encoder.embed_audio(sounds[::-1], batch_size=3), atol=1e-5), "rows keep their order"
     captions = ["A dog barks", "First a door creaks, then someone takes a step on gravel, and afterwards glass breaks", "Rain"]
     assert torch.allclose(encoder.embed_text(captions), torch.cat([encoder.embed_text([text]) for text in captions]), atol=1e-5)
+
+
+def test_batches_side_by_side_give_the_rows_of_one_after_another(encoder, sounds, monkeypatch):
+    """With several cores several batches run at a time, each on its share of the cores; a batch that fails fails the call."""
+    captions = ["A dog barks", "First a door creaks, then someone takes a step on gravel, and afterwards glass breaks", "Rain", "A bell", "A dog barks"]
+    monkeypatch.setattr(encoder.backend, "concurrent", False)
+    expected = encoder.embed_audio(sounds, batch_size=3), encoder.embed_text(captions, batch_size=2)
+    cores, threads, embed = torch.get_num_threads(), set(), encoder.backend.embed_audio
+    monkeypatch.setattr(encoder.backend, "concurrent", True)
+    monkeypatch.setattr(encoder.backend, "embed_audio", lambda batch: (threads.add((threading.get_ident(), torch.get_num_threads())), embed(batch))[1])
+    torch.set_num_threads(2)
+    try:
+        found = encoder.embed_audio(sounds, batch_size=3), encoder.embed_text(captions, batch_size=2)
+        assert torch.get_num_threads() == 2, "as it was before"
+        monkeypatch.setattr(encoder.backend, "embed_audio", lambda batch: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encoder.embed_audio(sounds, batch_size=3)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(cores)
+    for one_by_one, together in zip(expected, found, strict=True):
+        assert torch.allclose(one_by_one, together, atol=1e-5)
+    assert threading.get_ident() not in dict(threads) and set(dict(threads).values()) == {1}
+
+
+def test_captions_of_as_many_tokens_share_a_batch(encoder, monkeypatch):
+    batches, embed = [], encoder.backend.embed_text
+    monkeypatch.setattr(encoder.backend, "embed_text", lambda batch: (batches.append(batch), embed(batch))[1])
+    monkeypatch.setattr(encoder.backend, "concurrent", False)
+    captions = ["Thunderstorm", "Xylophone chimes", "A cat", "It is on", "An owl"]          # the longer words are fewer letters a token
+    encoder.embed_text(captions, batch_size=2)
+    counts = [encoder.backend.token_counts(batch) for batch in batches]
+    assert list(chain(*counts)) == sorted(chain(*counts)) and sorted(chain(*batches)) == sorted(captions)
+    assert list(chain(*batches)) != sorted(captions, key=lambda text: (len(text), text)), "letters would give another order"
 
 
 def test_a_clip_of_10_01_s_is_cut_to_its_first_10_s(encoder):

@@ -111,3 +111,15 @@ def test_fits_side_by_side_are_those_of_one_process(profile, tmp_path, monkeypat
     assert together["diffusion_link", 1].history.val_pair_cosine.notna().all()
     fits = {path.name for path in (tmp_path / "other/smoke/cache/fits").glob("*.safetensors")}
     assert fits == {path.name for path in (profile.cache_dir / "fits").glob("*.safetensors")} and len(fits) == 4
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU there is one process")
+def test_scores_side_by_side_are_those_of_one_process(profile, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    split = load_split(profile, "test")
+    test, systems = replace(embeddings("test", len(split.clip_ids)), clip_ids=split.clip_ids), ["raw", "c3", "seed", "text_floor"]
+    (alone, rows), (together, others) = (
+        experiments.score_table(replace(profile, processes=count), systems, embeddings("train"), test, split, progress=False) for count in (1, 2))
+    assert list(alone) == list(together) == [("raw", "text"), ("c3", "text"), ("c3", "centred"), ("seed", "text"), ("text_floor", "text")]
+    measured, other = (pd.DataFrame(found).query("metric != 'ms_per_1000'").reset_index(drop=True) for found in (rows, others))
+    pd.testing.assert_frame_equal(measured, other, rtol=1e-6, atol=1e-9)

@@ -38,9 +38,10 @@ MAX_TOKENS = 77                            # [peer: LAION-CLAP]
 
 
 class Backend(Protocol):
-    """What an encoder must offer to stand behind :class:`dl.encoder.clap.ClapEncoder`; it may also have ``dtype``, what its audio tower computes in.
+    """What an encoder must offer to stand behind :class:`dl.encoder.clap.ClapEncoder`; ``from_pretrained(where, device)`` makes it.
 
-    ``from_pretrained(where, device)`` makes it.
+    It may also have ``dtype``, what its audio tower computes in; ``token_counts(captions)``, by which captions are put into batches in place
+    of their letters; and ``concurrent``, True where several threads may embed at a time.
 
     Attributes:
         embed_dim: D.

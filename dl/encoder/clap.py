@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +25,21 @@ from tqdm import tqdm
 
 from dl.config import REPO, Profile
 from dl.data import SAMPLING_RATE, AudioError, Split, check_waveform, ids_sha256
-from dl.precision import resolve_dtype
 from dl.results import RowFile, atomic_write
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dl.encoder.backends import Backend
-    from dl.encoder.mini_clap import MiniClap
 
 CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]; beyond it both LAION libraries crop at random
 CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
 SHARD_SIZE = 512                # clips a cache file; a killed run repeats at most one
+BATCHES_AT_A_TIME = 4           # [ours] more would only take memory
 MINI_FOLDER = REPO / "data/mini/mini_clap"
 HUB, LAION = "dl.encoder.backends:HubClapBackend", "dl.encoder.backends:LaionClapBackend"
 ENCODERS: dict[str, tuple[str, str | Path]] = {      # name: its backend, imported on use, and what that opens; any other name is a hub's or a path
-    "mini": ("dl.encoder.clap:MiniClapBackend", MINI_FOLDER),
+    "mini": ("dl.encoder.mini_clap:MiniClapBackend", MINI_FOLDER),
 }
 
 
@@ -101,65 +100,31 @@ class ClapEncoder:
             AudioError: a waveform is empty, too short, silent or not finite; the message gives its place.
         """
         prepared = [crop(check_waveform(waveform, sampling_rate, f"waveform {place}")) for place, waveform in enumerate(waveforms)]
-        batches = [self.backend.embed_audio(prepared[start: start + batch_size]) for start in range(0, len(prepared), batch_size)]
-        return torch.cat(batches).float().cpu() if batches else torch.empty(0, self.embed_dim)
+        return self._rows(self.backend.embed_audio, prepared, batch_size)
 
     def embed_text(self, captions: Sequence[str], batch_size: int = 64) -> Tensor:
         """Embed captions: a list of B strings -> (B, D) float32 on the CPU, unit norm; equal strings give equal rows."""
-        unique = sorted(set(captions), key=lambda text: (len(text), text))       # equal lengths side by side: little padding
-        rows = [self.backend.embed_text(unique[start: start + batch_size]).float().cpu() for start in range(0, len(unique), batch_size)]
-        if not rows:
-            return torch.empty(0, self.embed_dim)
+        unique = sorted(set(captions))
+        lengths = self.backend.token_counts(unique) if hasattr(self.backend, "token_counts") else map(len, unique)
+        unique = [text for _, text in sorted(zip(lengths, unique, strict=True))]       # equal lengths side by side: little padding
         place = {text: row for row, text in enumerate(unique)}
-        return torch.cat(rows)[[place[text] for text in captions]]
+        return self._rows(self.backend.embed_text, unique, batch_size)[[place[text] for text in captions]]
 
-
-class MiniClapBackend:
-    """The shipped mini-CLAP behind the backends' interface; its convolutions run in bfloat16 where that is the faster format."""
-
-    sampling_rate = SAMPLING_RATE
-
-    def __init__(self, model: MiniClap, weights_sha256: str, device: str, dtype: str = "auto") -> None:
-        self.model, self.weights_sha256, self.device, self.embed_dim = model.eval().to(device), weights_sha256, device, model.embed_dim
-        self.dtype = resolve_dtype(dtype)
-        self.model.trunk.to(dtype=self.dtype, memory_format=torch.channels_last)
-
-    @classmethod
-    def from_pretrained(cls, folder: Path, device: str) -> MiniClapBackend:
-        """Open the folder of a trained mini-CLAP.
-
-        Raises:
-            FileNotFoundError: the weights are missing.
-            ValueError: they are damaged.
-        """
-        from dl.encoder.mini_clap import MiniClap
-
-        weights = folder / "model.safetensors"
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights} is missing: it ships with the repository; restore it with git, or train it: ./run_all.sh --only A2")
-        try:
-            model = MiniClap.from_pretrained(folder)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights} is damaged ({' '.join(str(error).split())[:80]}): git checkout -- data/mini") from None
-        return cls(model, hashlib.sha256(weights.read_bytes()).hexdigest(), device)
-
-    @torch.inference_mode()
-    def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
-        """Clips of one length (after padding to half seconds) go through together, so a batch never changes a row's padding."""
-        from dl.encoder.mini_clap import prepare
-
-        prepared = [prepare(waveform, SAMPLING_RATE) for waveform in waveforms]
-        rows = torch.empty(len(prepared), self.embed_dim)
-        for length in sorted({len(waveform) for waveform in prepared}):
-            places = [place for place, waveform in enumerate(prepared) if len(waveform) == length]
-            batch = torch.from_numpy(np.stack([prepared[place] for place in places])).to(self.device)
-            rows[places] = self.model.embed_audio(batch).float().cpu()
-        return rows
-
-    @torch.inference_mode()
-    def embed_text(self, captions: list[str]) -> Tensor:
-        """B captions -> (B, D), unit norm."""
-        return self.model.embed_text(captions)
+    def _rows(self, embed: Callable[[list], Tensor], items: list, batch_size: int) -> Tensor:
+        """``embed`` of batches of the items, (len(items), D) float32; several batches at a time, each with its share of the cores, where the
+        backend allows it: the operations of a small model are too short for all cores to join in each."""
+        batches = [items[start: start + batch_size] for start in range(0, len(items), batch_size)]
+        cores = torch.get_num_threads()
+        count = min(cores, BATCHES_AT_A_TIME, len(batches)) if getattr(self.backend, "concurrent", False) else 1
+        if count < 2:
+            rows = [embed(batch) for batch in batches]
+        else:
+            try:
+                with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(cores // count,)) as pool:
+                    rows = list(pool.map(embed, batches))
+            finally:
+                torch.set_num_threads(cores)
+        return torch.cat(rows).float().cpu() if rows else torch.empty(0, self.embed_dim)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Everything here is [ours] unless marked.
 """
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,11 @@ import soxr
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from dl import data
+from dl.precision import resolve_dtype
 
 SAMPLING_RATE = 16_000                               # Hz [peer: YAMNet], as the next five
 WINDOW, HOP, N_FFT = 400, 160, 512                   # samples: 25 ms, 10 ms, and the transform's length
@@ -170,6 +175,55 @@ class MiniClap(nn.Module, PyTorchModelHubMixin):
     def embed_text(self, captions: list[str]) -> Tensor:
         """A list of B captions -> (B, D) unit norm."""
         return F.normalize(self.text_head(self.sentence_features(captions).clone()), dim=1)
+
+
+class MiniClapBackend:
+    """The shipped mini-CLAP behind the backends' interface; its convolutions run in bfloat16 where that is the faster format."""
+
+    sampling_rate = data.SAMPLING_RATE
+
+    def __init__(self, model: MiniClap, weights_sha256: str, device: str, dtype: str = "auto") -> None:
+        self.model, self.weights_sha256, self.device, self.embed_dim = model.eval().to(device), weights_sha256, device, model.embed_dim
+        self.dtype = resolve_dtype(dtype)
+        self.concurrent = device == "cpu"
+        self.model.trunk.to(dtype=self.dtype, memory_format=torch.channels_last)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, device: str) -> MiniClapBackend:
+        """Open the folder of a trained mini-CLAP.
+
+        Raises:
+            FileNotFoundError: the weights are missing.
+            ValueError: they are damaged.
+        """
+        weights = folder / "model.safetensors"
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights} is missing: it ships with the repository; restore it with git, or train it: ./run_all.sh --only A2")
+        try:
+            model = MiniClap.from_pretrained(folder)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{weights} is damaged ({' '.join(str(error).split())[:80]}): git checkout -- data/mini") from None
+        return cls(model, hashlib.sha256(weights.read_bytes()).hexdigest(), device)
+
+    @torch.inference_mode()
+    def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
+        """Clips of one length (after padding to half seconds) go through together, so a batch never changes a row's padding."""
+        prepared = [prepare(waveform, self.sampling_rate) for waveform in waveforms]
+        rows = torch.empty(len(prepared), self.embed_dim)
+        for length in sorted({len(waveform) for waveform in prepared}):
+            places = [place for place, waveform in enumerate(prepared) if len(waveform) == length]
+            batch = torch.from_numpy(np.stack([prepared[place] for place in places])).to(self.device)
+            rows[places] = self.model.embed_audio(batch).float().cpu()
+        return rows
+
+    def token_counts(self, captions: list[str]) -> list[int]:
+        """Tokens of each caption, as MiniLM reads it."""
+        return [len(ids) for ids in self.model.minilm[0](captions).input_ids] if captions else []
+
+    @torch.inference_mode()
+    def embed_text(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, D), unit norm."""
+        return self.model.embed_text(captions)
 
 
 def minilm_folder() -> Path:
