@@ -109,7 +109,10 @@ def fit_systems(
         (system, seed) -> peer.
     """
     fits = [(system, seed) for system in systems for seed in (profile.seeds if REGISTRY[system].trained else (0,))]
-    side_by_side(_keep_fit, [(profile, system, train, seed, False, val) for system, seed in fits if REGISTRY[system].trained], profile.processes)
+    kinds = {name: kind for name, kind in REGISTRY.items() if issubclass(kind, TrainedPeer)}
+    trained = [(system, seed) for system, seed in fits if system in kinds]
+    trained.sort(key=lambda fit: -kinds[fit[0]].defaults.self_weight)                  # text rows double a step; long fits first leave no core idle at the end
+    side_by_side(_keep_fit, [(profile, system, train, seed, False, val) for system, seed in trained], profile.processes)
     return {(system, seed): fit_system(profile, system, train, seed, progress, val) for system, seed in fits}
 
 
