@@ -59,6 +59,7 @@ INFERENCE: dict[str, list[Trial]] = {                         # swept on every f
     "diffusion_bridge": grid(start_timestep=[100, 200, 300, 400, 500, 600, 700, 800], num_inference_steps=[5]),
     "conditional_diffusion": grid(start_timestep=[999], num_inference_steps=[10, 25, 50]),
 }
+ONLY_FULL = ("regression_mlp_topology", "text_to_audio")      # their fits take minutes and no verdict asks for them: rows of ``--full``
 WATCHED = (TUNING_METRIC, "pair_cosine", "centroid_gap", "recall_at_10", "effective_rank")
 
 
@@ -74,6 +75,11 @@ def chosen(profile: Profile, system: str) -> Trial:
             if len(best):
                 return json.loads(best.params.iloc[0])
     return {}
+
+
+def table1_systems(full: bool = False) -> list[str]:
+    """The rows of Table 1, in its order; without ``full`` those of ``ONLY_FULL`` are left out. ``capdec`` maps no vector, its row would be ``raw`` once more."""
+    return [system for system in REGISTRY if system != "capdec" and (full or system not in ONLY_FULL)] + ["text_floor"]
 
 
 def fit_system(

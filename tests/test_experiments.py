@@ -12,6 +12,8 @@ from dl import experiments
 from dl.config import BridgeConfig, get_profile
 from dl.data import load_split
 from dl.encoder.clap import Embeddings
+from dl.peers import REGISTRY
+from dl.report.claims import VERDICT_RULES
 
 
 @pytest.fixture
@@ -97,6 +99,13 @@ def test_parts_of_the_split_are_scored_with_the_watched_metrics(profile):
     assert seen.ci_low["rmg"] < seen.value["rmg"] < seen.ci_high["rmg"]
     whole = frame[(frame.split == "test") & (frame.system == "c3") & (frame.seed == "all")]
     assert set(scores["c3", "text"].points) | {"parameters", "ms_per_1000"} == set(whole.metric[whole.space == "text"])
+
+
+def test_a_default_table_leaves_out_only_rows_that_no_verdict_asks_for():
+    default, full = experiments.table1_systems(), experiments.table1_systems(full=True)
+    assert full == [*(name for name in REGISTRY if name != "capdec"), "text_floor"]
+    assert default == [name for name in full if name not in experiments.ONLY_FULL] and len(full) - len(default) == len(experiments.ONLY_FULL) == 2
+    assert not {part.baseline for rule in VERDICT_RULES for part in rule.parts} & set(experiments.ONLY_FULL)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU there is one process")
