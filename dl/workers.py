@@ -1,8 +1,9 @@
 """Work that falls into independent parts, side by side: on a CPU, several processes of few threads do more than one of many.
 
-Small matrices leave a second thread waiting most of the time, and a caption or a bridge is made of small matrices. What a part
-makes lies on disk afterwards, so that a killed run goes on where it was. The number of processes, and so of threads in each,
-depends on the machine and on the number of parts alone: a run that goes on gives the same bytes as one that was never stopped.
+Small matrices leave a second thread waiting most of the time, and a caption or a bridge is made of small matrices. A fit, or the
+captions of a row, lie on disk afterwards, so that a killed run goes on where it was; scores are quick and come back as they are. The
+number of processes, and so of threads in each, depends on the machine and on the number of parts alone: a run that goes on gives the
+same bytes as one that was never stopped.
 """
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_captions_of_as_many_tokens_share_a_batch(encoder, monkeypatch):
     batches, embed = [], encoder.backend.embed_text
     monkeypatch.setattr(encoder.backend, "embed_text", lambda batch: (batches.append(batch), embed(batch))[1])
     monkeypatch.setattr(encoder.backend, "concurrent", False)
-    captions = ["Thunderstorm", "Xylophone chimes", "A cat", "It is on", "An owl"]          # the longer words are fewer letters a token
+    captions = ["Thunderstorm", "Xylophone chimes", "A cat", "It is on", "An owl"]          # a long word may be one token
     encoder.embed_text(captions, batch_size=2)
     counts = [encoder.backend.token_counts(batch) for batch in batches]
     assert list(chain(*counts)) == sorted(chain(*counts)) and sorted(chain(*batches)) == sorted(captions)
