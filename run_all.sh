@@ -99,7 +99,7 @@ case "${1:-}" in
   test)
     shift
     export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"     # files side by side, a thread each
-    exec "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile "$@"
+    exec "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   check) exec "$python" -m dl "$@" ;;
   *) exec "$python" -m dl run "$@" ;;

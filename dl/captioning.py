@@ -295,7 +295,7 @@ def caption_seeds(profile: Profile, rows: Iterable[Row], seeds: Iterable[int], t
         seed -> row -> n captions.
     """
     rows, seeds = list(rows), list(seeds)
-    if not torch.accelerator.is_available():            # two decoders at once would not fit a GPU: there the rows follow each other
+    if profile.processes != 1 and not torch.accelerator.is_available():       # on a GPU, which two decoders may not fit, rows follow each other
         lists = [(row, seed) for row in rows for seed in seeds]
         missing = [(row, seed) for row, seed in lists if not caption_file(
             profile, row, decoder_fit(profile, row.decoder, seed, train, val), system_vectors(profile, row, train, test, seed), num_beams).is_file()]

@@ -112,9 +112,9 @@ class Profile:
 PROFILES: dict[str, Profile] = {
     "smoke": Profile(
         name="smoke", data_dir=REPO / "data/mini", encoder="mini",
-        max_clips={"train": 24, "val": 24, "test": 40}, seeds=(0, 1), noise_seeds=(0, 1),
-        bridge=BridgeConfig(train_steps=8, batch_size=16), bootstrap_samples=50, processes=1,
-        captioner=CaptionerConfig(train_steps=4, batch_size=4, warmup_steps=1, validate_every=2, max_new_tokens=12),
+        max_clips={"train": 24, "val": 24, "test": 24}, seeds=(0, 1), noise_seeds=(0, 1),
+        bridge=BridgeConfig(train_steps=8, batch_size=16), bootstrap_samples=20, processes=1,
+        captioner=CaptionerConfig(train_steps=2, batch_size=4, warmup_steps=1, validate_every=2, max_new_tokens=12),
     ),
     "mini": Profile(name="mini", data_dir=REPO / "data/mini", encoder="mini"),
     "paper": Profile(

@@ -16,6 +16,8 @@ from ledger import COLUMNS, LEDGER
 from dl.config import REPO
 from dl.results import atomic_write, csv_text
 
+LONGEST = ("test_notebooks.py", "test_paper_profile.py")      # begun first, so that no process waits for them at the end
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
@@ -23,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

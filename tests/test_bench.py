@@ -74,6 +74,7 @@ def bench():
     sys.path[:] = path
 
 
+@pytest.mark.slow
 def test_every_section_is_measured(rows, recorder):
     assert tuple(rows[0]) == recorder.COLUMNS
     unmeasured = [row for row in rows if row["status"] != "ok"]
@@ -85,6 +86,7 @@ def test_every_section_is_measured(rows, recorder):
         assert math.isfinite(high) and 0 < low <= value <= high and row["unit"] and row["card"] == "cpu", row
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_its_formula_says(rows):
     value = {(row["section"], row["name"], row["batch"], row["dtype"]): float(row["value"]) for row in rows}
     hours = {row["name"]: float(row["value"]) for row in rows if row["section"] == "estimate"}

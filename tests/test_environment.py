@@ -221,7 +221,7 @@ def test_run_all_begins_a_cut_off_install_anew(clone, tools, tmp_path):
 def test_run_all_test_calls_pytest_offline(clone, tools, tmp_path):
     fake_python(tools, tmp_path)
     run_all(clone, path=str(tools))
-    assert run_all(clone, "test", "--slow", "-k x", path=str(tools)).stdout.strip() == "ran: -m pytest -n logical --maxprocesses 4 --dist loadfile --slow -k x"
+    assert run_all(clone, "test", "--slow", "-k x", path=str(tools)).stdout.strip() == "ran: -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --slow -k x"
     assert run_all(clone, "check", path=str(tools)).stdout.strip() == "ran: -m dl check"
 
 

@@ -183,6 +183,7 @@ def test_nbval_sees_an_answer_that_fails(tmp_path):
     assert "AssertionError: smoke" in summary(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS[:1]], ids=lambda path: path.stem)
 def test_nbval_sees_a_flipped_output_in_a_real_notebook(tmp_path, path):
     """The first notebook with one character of one checked output changed."""

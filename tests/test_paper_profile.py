@@ -31,6 +31,7 @@ SETTINGS = """
 data_dir = "audiocaps"
 encoder = "{encoder}"
 seeds = [0, 1]
+processes = 1
 noise_seeds = [0]
 bootstrap_samples = 50
 [paper.bridge]
@@ -168,6 +169,7 @@ def laion_settings(stand_in, laion_pt, roberta) -> str:  # noqa: F811
     return "pt.toml"
 
 
+@pytest.mark.slow
 def test_laion_clap_itself_embeds_audiocaps(stand_in, laion_settings, laion_pt):  # noqa: F811
     """The official package, with no way round it: the ``.pt`` is converted without its code being run, and laion-clap opened."""
     done = dl(stand_in, "embed", results="pt", settings=laion_settings)
