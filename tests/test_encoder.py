@@ -16,7 +16,7 @@ from dl.config import get_profile
 from dl.data import CAPTION_COLUMNS, AudioError, load_split
 from dl.encoder import clap as module
 from dl.encoder.clap import CROP_SAMPLES, ClapEncoder, crop, embed_split, load_embeddings
-from dl.encoder.mini_clap import info_nce
+from dl.encoder.mini_clap import AudioTrunk, MiniClap, info_nce, prepare
 from dl.metrics.neighbours import retrieval
 
 
@@ -245,6 +245,31 @@ def test_missing_embeddings_say_what_makes_them(results_root):
 
 
 # ------------------------------------------------------------------------------------------------------------- what it has learned
+def test_folded_batch_norms_change_no_frame():
+    """Statistics far from those of a new layer, and even and odd sizes, which TensorFlow pads differently."""
+    torch.manual_seed(0)
+    trunk = AudioTrunk().eval()
+    for layer in trunk.layers:
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            for values in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                torch.nn.init.uniform_(values, 0.5, 1.5)
+    clips = [torch.randn(2, frames, 64) for frames in (96, 131)]
+    with torch.no_grad():
+        before = [trunk(clip) for clip in clips]
+        trunk.fold_batch_norms()
+        after = [trunk(clip) for clip in clips]
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in trunk.layers)
+    for rows, expected in zip(after, before, strict=True):
+        assert expected.std() > 0.01 and torch.allclose(rows, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_shipped_encoder_is_the_trained_network(encoder, sounds):
+    model = MiniClap.from_pretrained(module.MINI_FOLDER).eval()
+    waveform = torch.from_numpy(prepare(sounds[0], 48_000))[None]
+    with torch.no_grad():
+        assert torch.allclose(encoder.embed_audio(sounds[:1], 48_000), model.embed_audio(waveform), atol=1e-5 if encoder.dtype == torch.float32 else 2e-2)
+
+
 def test_info_nce_against_a_worked_example():
     audio = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     text = torch.tensor([[0.6, 0.8], [0.0, 1.0]])

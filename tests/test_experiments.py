@@ -84,6 +84,7 @@ def test_only_stochastic_systems_have_noise_seeds(profile):
 
 
 def test_parts_of_the_split_are_scored_with_the_watched_metrics(profile):
+    profile = replace(profile, max_clips={"test": 40}, bootstrap_samples=50)            # enough of the seen ones for an interval
     split = load_split(profile, "test")
     test = replace(embeddings("test", len(split.clip_ids)), clip_ids=split.clip_ids)
     scores, rows = experiments.score_table(profile, ["raw", "mean_shift", "c3", "text_floor"], embeddings("train"), test, split, progress=False)
@@ -101,11 +102,12 @@ def test_parts_of_the_split_are_scored_with_the_watched_metrics(profile):
     assert set(scores["c3", "text"].points) | {"parameters", "ms_per_1000"} == set(whole.metric[whole.space == "text"])
 
 
-def test_a_default_table_leaves_out_only_rows_that_no_verdict_asks_for():
+def test_a_default_table_leaves_out_only_rows_that_no_verdict_hangs_on():
     default, full = experiments.table1_systems(), experiments.table1_systems(full=True)
     assert full == [*(name for name in REGISTRY if name != "capdec"), "text_floor"]
-    assert default == [name for name in full if name not in experiments.ONLY_FULL] and len(full) - len(default) == len(experiments.ONLY_FULL) == 2
-    assert not {part.baseline for rule in VERDICT_RULES for part in rule.parts} & set(experiments.ONLY_FULL)
+    assert default == [name for name in full if name not in experiments.ONLY_FULL] and len(full) - len(default) == len(experiments.ONLY_FULL) == 3
+    assert not {part.baseline for rule in VERDICT_RULES for part in rule.parts if not part.optional} & set(experiments.ONLY_FULL)
+    assert {"seed", "diffusion_bridge"} < set(default), "C1 keeps a peer of each kind"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU there is one process")
