@@ -267,7 +267,7 @@ history.to_csv(f"{out}/process{rank}.csv", index=False)
 """
 
 
-@pytest.mark.parametrize("sharing", ["batches", "sharded"])
+@pytest.mark.parametrize("sharing", ["batches", pytest.param("sharded", marks=pytest.mark.slow)])
 def test_two_processes_train_like_one(folder, pairs, tmp_path, sharing):
     """Both share the batches (DDP), or the weights too (FSDP2); the second way is interrupted and goes on from its gathered checkpoint."""
     (tmp_path / f"{sharing}.py").write_text(SCRIPT)

@@ -310,6 +310,7 @@ def test_a_setting_replaces_its_rows_and_files_and_no_others(profile, no_java):
     assert {"supervised", "zero_shot:disjoint"} <= set(frame.experiment)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU rows follow each other")
 def test_captions_made_side_by_side_are_those_of_one_process(profile, tmp_path, counted, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)

@@ -201,6 +201,7 @@ def test_two_processes_embed_like_one(stand_in, finished):
     assert not [path for path in (stand_in / "two/paper/cache/embeddings").iterdir() if path.is_dir()]
 
 
+@pytest.mark.slow
 def test_two_processes_fit_a_decoder_that_one_then_reads(stand_in, finished):
     """``dl fit`` in two processes: the weights are those that notebook 07 trained in one, under the name by which it looks for them."""
     shutil.copytree(finished / "cache/embeddings", stand_in / "fit/paper/cache/embeddings")
