@@ -59,7 +59,7 @@ INFERENCE: dict[str, list[Trial]] = {                         # swept on every f
     "diffusion_bridge": grid(start_timestep=[100, 200, 300, 400, 500, 600, 700, 800], num_inference_steps=[5]),
     "conditional_diffusion": grid(start_timestep=[999], num_inference_steps=[10, 25, 50]),
 }
-ONLY_FULL = ("regression_mlp_topology", "conditional_diffusion", "text_to_audio")    # slow, and no verdict hangs on them: rows of ``--full``
+ONLY_FULL = ("regression_mlp_topology", "conditional_diffusion", "text_to_audio")    # slow, and no rule demands them (C1: "that was run")
 WATCHED = (TUNING_METRIC, "pair_cosine", "centroid_gap", "recall_at_10", "effective_rank")
 
 

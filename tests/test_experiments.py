@@ -102,7 +102,7 @@ def test_parts_of_the_split_are_scored_with_the_watched_metrics(profile):
     assert set(scores["c3", "text"].points) | {"parameters", "ms_per_1000"} == set(whole.metric[whole.space == "text"])
 
 
-def test_a_default_table_leaves_out_only_rows_that_no_verdict_hangs_on():
+def test_a_default_table_leaves_out_only_rows_that_no_rule_demands():
     default, full = experiments.table1_systems(), experiments.table1_systems(full=True)
     assert full == [*(name for name in REGISTRY if name != "capdec"), "text_floor"]
     assert default == [name for name in full if name not in experiments.ONLY_FULL] and len(full) - len(default) == len(experiments.ONLY_FULL) == 3

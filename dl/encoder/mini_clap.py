@@ -102,7 +102,7 @@ class AudioTrunk(nn.Module):
         return self.layers(image).mean(3).transpose(1, 2)                                  # (B, ceil(frames / 32), 1024)
 
     def fold_batch_norms(self) -> None:
-        """Put every batch norm into the convolution before it, for good: the same frames to rounding, in three quarters of the time."""
+        """Put every batch norm into the convolution before it, for good: the same frames to rounding, sooner."""
         layers: list[nn.Module] = []
         for layer in self.layers.eval():
             if isinstance(layer, nn.BatchNorm2d):
