@@ -76,22 +76,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.command == "check":
-        from dl.pipeline.check import check
+        from dl.check import check
 
         return check(profile, options.pins_only)
 
     if options.command == "caption":
-        from dl.captioner.files import caption_files
+        from dl.caption_files import caption_files
 
         return caption_files(options.files, profile, not options.no_bridge, options.json)
 
     if options.command == "demo":
-        from dl.demo import serve
+        from dl.caption_files import serve
 
         return serve(profile, options.port)
 
     if options.command in ("embed", "fit"):
-        from dl.pipeline.parallel import embed, fit
+        from dl.run import embed, fit
 
         try:
             return embed(profile) if options.command == "embed" else fit(profile, options.decoder, options.seed)
@@ -99,8 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{options.command}: {error}", file=sys.stderr)
             return 1
 
-    from dl.pipeline.runner import list_stages, run_stages
-    from dl.pipeline.stages import STAGES, Run
+    from dl.run import STAGES, Run, list_stages, run_stages
 
     if options.seeds is not None and options.seeds < 1:
         print("run_all: --seeds takes a number of at least 1", file=sys.stderr)

@@ -18,15 +18,19 @@ import os
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 REPO = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".oga", ".aiff", ".aif", ".au", ".caf", ".w64")
 
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """The network, its noise schedule and its training (``dl.bridge.network``, ``dl.bridge.training``)."""
+    """The network, its noise schedule and its training (``dl.bridge``, ``dl.train``)."""
 
     num_blocks: int = 3                    # [paper] three residual MLP blocks
     width_factor: int = 2                  # [SEED] hidden width W = 2 D
@@ -95,7 +99,7 @@ class Profile:
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
     caption_seeds: tuple[int, ...] = (0,)  # training seeds of the captioner; ``seeds`` under --full
     bootstrap_samples: int = 1000
-    processes: int = 0                     # [ours] for fits and captions on a CPU (``dl.workers``); 0: one a core
+    processes: int = 0                     # [ours] for fits and captions on a CPU (``dl.experiments``); 0: one a core
     results_root: Path = REPO / "results"
 
     @property
@@ -214,3 +218,40 @@ def _same_kind(value: object, old: object) -> bool:
         return isinstance(value, str | dict)
     kind = {tuple: list, float: int | float}.get(type(old), str if isinstance(old, Path) else type(old))
     return isinstance(value, kind) and isinstance(value, bool) == isinstance(old, bool)
+
+
+
+
+# ----------------------------------------------------------------------------------------------------
+# Which number format the frozen networks compute in.
+
+
+FOUR_BIT = "4bit"                          # weights of 4 bits (NF4), computed with in bfloat16; of the language model only
+DTYPES = {"float32": "float32", "bfloat16": "bfloat16", FOUR_BIT: "bfloat16"}      # name of torch's dtype
+
+
+def resolve_dtype(dtype: str = "auto") -> torch.dtype:
+    """The dtype that frozen weights are computed with: "float32", "bfloat16", "4bit", or "auto" for what the machine computes fastest.
+
+    "auto" is bfloat16 where the GPU or the CPU (AMX or AVX512-BF16) multiplies bfloat16 in hardware, else float32.
+
+    Raises:
+        ValueError: another word.
+    """
+    import torch
+
+    if dtype in DTYPES:
+        return getattr(torch, DTYPES[dtype])
+    if dtype != "auto":
+        raise ValueError(f"unknown dtype {dtype!r}: choose auto, float32, bfloat16 or 4bit")
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def number_format(dtype: str = "auto") -> str:
+    """What names the weights' format in a hash: ``torch.bfloat16``, or ``4bit``."""
+    return dtype if dtype == FOUR_BIT else str(resolve_dtype(dtype))

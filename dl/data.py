@@ -1,24 +1,210 @@
-"""Clips and captions: AudioCaps' CSV columns, audio files of any kind, and the scenes of ``data/mini``.
+"""Sound files, opened with distrust: what a header says is checked before memory is asked for, and a file that is cut off says so.
 
-A split is five lists side by side: an id, the captions and the recordings of every clip, and where its sound comes from.
-Both data sets end in the same :class:`Split`; nothing after this module knows which one it reads.
+libsndfile reads a truncated WAV, MP3 or Ogg file without a word, as a shorter sound. Here its end is compared with what it announces.
 """
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import soundfile
 import soxr
 
-from dl.audio import AudioError, read_mono
-from dl.audiocaps import CAPTION_COLUMNS, find_audiocaps
-from dl.config import SPLITS, Profile
+from dl.config import AUDIO_SUFFIXES, SPLITS, Profile
+from dl.store import atomic_write
+
+RATES = range(1_000, 768_001)                 # Hz [ours]; a header beyond it is damaged, and resampling it would fill the memory
+MOST_CHANNELS = 64                            # [ours] the same
+UNKNOWN_LENGTH = 0x7FFF0000                   # bytes; a WAV written into a pipe announces about this or more, and means "until the end"
+ANNOUNCED = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)    # libsndfile's log of a header
+FORMATS = "give a WAV, FLAC, Ogg, Opus or MP3 file"
+
+
+class AudioError(ValueError):
+    """A sound that cannot be used; the message names the file and the reason."""
+
+
+@contextmanager
+def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
+    """Open any file that soundfile understands; an error inside the block counts as the file's.
+
+    Raises:
+        AudioError: absent, a folder, not to be read, not audio, a header that cannot be true; the message names the file.
+    """
+    if os.path.isdir(path):
+        raise AudioError(f"{path}: is a folder; name the files in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise AudioError(f"{path}: is a pipe or a device, not a file; {FORMATS}")
+    try:
+        with open(path, "rb"):                                                     # says "permission denied" where soundfile says "system error"
+            pass
+        with soundfile.SoundFile(os.fsencode(path)) as file:                        # bytes: a name need not be UTF-8
+            if file.samplerate not in RATES or file.channels > MOST_CHANNELS:
+                raise AudioError(f"{path}: its header says {file.samplerate} Hz and {file.channels} channels, which cannot be true; export it again")
+            yield file
+    except PermissionError:
+        raise AudioError(f"{path}: may not be read (permission denied); change its mode or owner") from None
+    except FileNotFoundError:
+        reason = "is a link that leads nowhere" if os.path.islink(path) else "no such file"
+        raise AudioError(f"{path}: {reason}; {FORMATS}") from None
+    except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError, MemoryError) as error:
+        reason = " ".join(str(error).split()).replace(repr(os.fsencode(path)), "it")[:120]
+        raise AudioError(f"{path}: not readable as audio ({reason}); {FORMATS}") from None
+
+
+def read_mono(path: str | Path, seconds: float | None = None) -> tuple[np.ndarray, int]:
+    """The samples of a file, channels averaged, at most its first ``seconds``.
+
+    Read piece by piece: memory follows what is in the file, never what its header says.
+
+    Returns:
+        (float32 (samples,), sampling rate in Hz).
+
+    Raises:
+        AudioError: see :func:`open_audio`; also a file that ends before it should.
+    """
+    with open_audio(path) as file:
+        wanted = float("inf") if seconds is None else seconds * file.samplerate
+        pieces, count = [], 0
+        while count < wanted and len(piece := file.read(int(min(1 << 16, wanted - count)), dtype="float32", always_2d=True)):
+            pieces.append(piece.mean(axis=1))                                       # (samples, channels) -> (samples,)
+            count += len(piece)
+        if count < wanted:
+            check_end(path, file, count)
+        return np.concatenate([np.empty(0, np.float32), *pieces]), file.samplerate
+
+
+def check_end(path: str | Path, file: soundfile.SoundFile, count: int) -> None:
+    """Compare where a file ended, after ``count`` frames, with what it announces.
+
+    Raises:
+        AudioError: more than 0.1 s and 1 % are missing, or the last page of an Ogg stream is not there.
+    """
+    expected = file.frames
+    if found := ANNOUNCED.search(file.extra_info):
+        announced, present = map(int, found.groups())
+        if present < announced < UNKNOWN_LENGTH:
+            expected = round(count * announced / max(present, 1))
+    if 0 <= expected < 1 << 62 and expected - count > max(0.1 * file.samplerate, 0.01 * expected):
+        raise AudioError(f"{path}: is cut off after {count / file.samplerate:.1f} s of {expected / file.samplerate:.1f} s; copy or download it again")
+    if file.format == "OGG" and not _has_last_page(path):
+        raise AudioError(f"{path}: is cut off after {count / file.samplerate:.1f} s, its last page is missing; copy or download it again")
+
+
+def _has_last_page(path: str | Path) -> bool:
+    """Whether the last page of an Ogg file ends its stream: bit 4 of the byte after ``OggS`` and the version. A page has at most 65,307 bytes."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 65_307))
+        tail = file.read()
+    place = tail.rfind(b"OggS")
+    return place >= 0 and len(tail) > place + 5 and bool(tail[place + 5] & 4)
+
+
+
+
+# ----------------------------------------------------------------------------------------------------
+# AudioCaps on disk: which folders its CSVs and clips lie in, which version it is, and how it differs from the official counts.
+
+
+CAPTION_COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]   # AudioCaps' own
+ROWS = {                                                    # captions a split, official
+    "v1": {"train": 49_838, "val": 2_475, "test": 4_875},   # 2019; one caption a clip in train, five in val and test
+    "v2": {"train": 91_256, "val": 2_475, "test": 4_875},   # February 2025
+}
+CLIPS = {"v1": {"train": 49_838, "val": 495, "test": 975}, "v2": {"val": 495, "test": 975}}
+GET = ("train.csv, val.csv and test.csv from the repository cdjkim/audiocaps (folder dataset) into {folder}/\n"
+       "                 the clips, cut from YouTube, by aac-datasets: aac-datasets-download --root {folder} audiocaps --subsets train val test\n"
+       "                 or your own copy of them, named <youtube_id>_<start_time>.wav (.flac, .mp3, .opus, ...), into {folder}/audio/")
+SIZE = "about 43 GB as 32 kHz FLAC"
+LICENCE = "captions: academic use only; the clips belong to those who uploaded them"
+OVERLAP = ("LAION-CLAP's training data hold AudioCaps' training clips and AudioSet, from which all of AudioCaps is taken: "
+           "the encoder knows the test clips better than it would know others")
+
+
+@dataclass(frozen=True)
+class AudioCapsFolder:
+    """Where things lie.
+
+    Attributes:
+        csv_dir: holds train.csv, val.csv and test.csv, as far as they are there.
+        audio_dir: the clips are in it or in folders below it.
+    """
+
+    csv_dir: Path
+    audio_dir: Path
+
+    def csv(self, split: str) -> Path:
+        """The captions of a split."""
+        return self.csv_dir / f"{split}.csv"
+
+    def files(self) -> dict[str, Path]:
+        """Every clip on disk: ``<youtube_id>_<start_time>`` -> file."""
+        return {path.stem: path for path in sorted(self.audio_dir.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES}
+
+
+def find_audiocaps(data_dir: Path) -> AudioCapsFolder:
+    """The layout below ``data_dir``; with none there, the paths where the simple one is expected."""
+    bases = [data_dir, data_dir / "AUDIOCAPS"]
+    places = [place for base in bases for place in (base, base / "csv_files_v1", base / "csv_files_v2")]
+    csv_dir = next((place for place in places if any((place / f"{split}.csv").is_file() for split in SPLITS)), data_dir)
+    rates = [path for base in bases for path in base.glob("audio_*Hz") if path.is_dir()]
+    rates.sort(key=lambda path: -int("0" + re.sub(r"\D", "", path.name)))                  # of several rates the highest
+    audio_dirs = [base / "audio" for base in bases if (base / "audio").is_dir()] + rates
+    return AudioCapsFolder(csv_dir, audio_dirs[0] if audio_dirs else data_dir / "audio")
+
+
+def count_rows(path: Path) -> tuple[int, set[str]]:
+    """The rows of a CSV in AudioCaps' columns, and the ids of its clips.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if absent := [column for column in CAPTION_COLUMNS if column not in (reader.fieldnames or [])]:
+            raise ValueError(f"{path}: column {', '.join(absent)} is missing; AudioCaps' columns are {','.join(CAPTION_COLUMNS)}")
+        ids = [f"{row['youtube_id']}_{row['start_time']}" for row in reader]
+    return len(ids), set(ids)
+
+
+def version(train_rows: int) -> str:
+    """``v1`` or ``v2``, whichever has about as many training captions; their val and test are of one size."""
+    return min(ROWS, key=lambda name: abs(ROWS[name]["train"] - train_rows))
+
+
+def differences(data_dir: Path) -> tuple[str, list[str]]:
+    """The version, and how each split differs from the official one, a line each; none where all is as published.
+
+    Raises:
+        FileNotFoundError: a CSV is missing.
+        ValueError: see :func:`count_rows`.
+    """
+    folder = find_audiocaps(data_dir)
+    counts = {split: count_rows(folder.csv(split)) for split in SPLITS}
+    name, lines = version(counts["train"][0]), []
+    for split, (rows, clips) in counts.items():
+        if rows != ROWS[name][split]:
+            lines.append(f"{split}.csv has {rows:,} captions, {name} has {ROWS[name][split]:,}")
+        if len(clips) != (wanted := CLIPS[name].get(split, len(clips))):
+            lines.append(f"{split}.csv has {len(clips):,} clips, {name} has {wanted:,}")
+    return name, lines
+
+
+
+
+# ----------------------------------------------------------------------------------------------------
+# Clips and captions: AudioCaps' CSV columns, audio files of any kind, and the scenes of ``data/mini``.
+
 
 SAMPLING_RATE = 48_000                                     # Hz, CLAP's input rate [paper~]
 SCENE_COLUMNS = ["youtube_id", "recordings", "offsets_s", "gains_db", "noise_dbfs", "seconds", "noise_seed"]     # what a mix needs
@@ -159,8 +345,6 @@ def load_split(profile: Profile, split: str) -> Split:
 
 
 def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Series) -> Split:
-    from dl.scenes import mix_scene
-
     scenes = read_table(data_dir / "scenes.csv", SCENE_COLUMNS).drop_duplicates("youtube_id").set_index("youtube_id")
     if absent := [scene for scene in rows.youtube_id if scene not in scenes.index]:
         raise ValueError(f"{data_dir / 'scenes.csv'}: scene {absent[0]} of {split}.csv is not in it; both ship together: git checkout -- data/mini")
@@ -207,3 +391,217 @@ def recording_files(data_dir: Path) -> dict[str, Path]:
 def read_recording(path: Path) -> np.ndarray:
     """:func:`read_audio`, remembered: the 996 recordings take 440 MB decoded and each is mixed into many scenes."""
     return read_audio(path)
+
+
+
+
+# ----------------------------------------------------------------------------------------------------
+# Scenes of ``data/mini``: one to three real recordings mixed into at most 10 s, with captions composed from their labels.
+
+
+LONGEST_S = 10.0                                    # s, CLAP's window [paper~]
+FADE_S = 0.02                                       # s, where a recording is cut at the end of its scene
+SCENE_COUNTS = {"train": 6000, "val": 500, "test": 600}
+EVENT_SHARES = (0.25, 0.55, 0.20)                   # scenes with one, two and three recordings
+LAYOUTS = {1: ("alone",), 2: ("sequence", "together", "background"), 3: ("sequence", "background")}
+TRAIN_FORMS = ("clause", "progressive", "paraphrase_1")   # columns of labels.csv; "nominal" has slots of its own
+HELDOUT_FORM = "paraphrase_2"                       # never in a train caption
+
+# {a}, {b}, {c}: a clause-like form of the event; {A}, {B}, {C}: its nominal form. The last `background` event is behind the others.
+TEMPLATES = {
+    ("alone", 1): ["{a}", "{a}", "{a}", "{A} can be heard", "{A}"],
+    ("sequence", 2): ["{a} and then {b}", "{a}, then {b}", "{A} followed by {B}", "{a} before {b}", "after {A}, {b}", "first {a}, then {b}"],
+    ("together", 2): ["{a} while {b}", "{a} as {b}", "{a} and {b}", "{A} along with {B}", "{A} and {B} at the same time"],
+    ("background", 2): ["{a} with {B} in the background", "{a} over {B}", "{b} in the background while {a}", "{A} with {B} behind it"],
+    ("sequence", 3): ["{a}, {b} and then {c}", "{a}, then {b}, then {c}", "{A} followed by {B} and {C}", "{a} before {b}, and finally {c}"],
+    ("background", 3): ["{a} and then {b} with {C} in the background", "{a}, then {b}, over {C}", "{c} in the background while {a} and {b}",
+                        "{A} followed by {B}, with {C} behind it"],
+}
+HELDOUT_TEMPLATES = {                                # connectives never in a train caption
+    ("alone", 1): ["we hear {A}"],
+    ("sequence", 2): ["{a} and afterwards {b}", "{A} comes before {B}"],
+    ("together", 2): ["{a} and meanwhile {b}", "{A} is mixed with {B}"],
+    ("background", 2): ["{a} and in the distance {b}", "{A} against {B}"],
+    ("sequence", 3): ["{a}, next {b}, and afterwards {c}"],
+    ("background", 3): ["{a}, afterwards {b}, and in the distance {c}"],
+}
+
+
+def mix_scene(scene: pd.Series, read_recording: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Mix one row of ``scenes.csv``.
+
+    Args:
+        scene: ``recordings``, ``offsets_s``, ``gains_db`` (each joined by ";"), ``noise_dbfs``, ``seconds``, ``noise_seed``.
+        read_recording: gives a recording by id as float32 (samples,), mono, 48 kHz.
+
+    Returns:
+        float32 (seconds * 48,000,), peak at most 1: sum_i 10^(gain_i / 20) r_i(t - offset_i) + noise, scaled down if it would clip.
+
+    Raises:
+        ValueError: a cell that is no number, lists of different lengths, a recording that would start outside the scene.
+    """
+    samples = round(float(scene.seconds) * SAMPLING_RATE)
+    noise = np.random.default_rng(int(scene.noise_seed)).standard_normal(samples, dtype=np.float32)
+    mix = noise * np.float32(10 ** (float(scene.noise_dbfs) / 20))
+    for clip_id, offset, gain in zip(scene.recordings.split(";"), scene.offsets_s.split(";"), scene.gains_db.split(";"), strict=True):
+        start = round(float(offset) * SAMPLING_RATE)
+        if not 0 <= start <= samples:
+            raise ValueError(f"{clip_id} would start at {offset} s, outside the scene")
+        sound = read_recording(clip_id)
+        if len(sound) > samples - start:
+            sound = sound[: samples - start].copy()
+            fade = min(len(sound), round(FADE_S * SAMPLING_RATE))
+            sound[len(sound) - fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
+        mix[start: start + len(sound)] += sound * np.float32(10 ** (float(gain) / 20))
+    return mix / max(1.0, float(np.abs(mix).max()))
+
+
+def source_stem(source_package: str, source_path: str) -> str:
+    """What takes of one source share: the package and path with every number struck out (for a SoundFont only the note)."""
+    is_soundfont = ".sf2!" in source_path
+    return f"{source_package}:" + re.sub(r"(?<=note=)\d+" if is_soundfont else r"\d+", "#", source_path)
+
+
+def arrange(layout: str, seconds: list[float], rng: np.random.Generator) -> dict[str, object]:
+    """Draw offsets (s), gains (dB) and the scene's length (s, at most 10) for recordings that last ``seconds`` each."""
+    gains = rng.uniform(-6, 0, len(seconds))
+    lead = rng.uniform(0.05, 0.4)
+    if layout == "together":
+        starts = [lead, lead + rng.uniform(0, 0.3)]
+    else:
+        foreground = seconds[:-1] if layout == "background" else seconds
+        starts, at = [], lead + (rng.uniform(0.2, 0.8) if layout == "background" else 0.0)
+        for length in foreground:
+            starts.append(at)
+            at += min(length, 8.5 / len(seconds)) + rng.uniform(0.1, 0.5)
+        if layout == "background":
+            starts.append(lead)
+            gains[-1] = rng.uniform(-14, -8)
+    end = max(start + length for start, length in zip(starts, seconds, strict=True))
+    return {
+        "offsets_s": ";".join(f"{start:.3f}" for start in starts),
+        "gains_db": ";".join(f"{gain:.1f}" for gain in gains),
+        "noise_dbfs": f"{rng.uniform(-70, -45):.1f}",
+        "seconds": f"{min(LONGEST_S, end + rng.uniform(0.1, 0.4)):.3f}",
+    }
+
+
+def build_scenes(recordings: pd.DataFrame, split: str, n_scenes: int, seed: int = 0, unique_labels: bool | None = None) -> pd.DataFrame:
+    """Draw ``n_scenes`` scenes from the recordings of one split.
+
+    Recordings are used evenly; a scene never holds one label twice. Outside train the set of labels of every scene is
+    unique. ``seen`` is 1 where all labels occur in train, ``shares_source`` is 1 where a recording has the source stem
+    of a train recording (another stroke of the same bell).
+
+    Returns:
+        DataFrame in the columns of ``scenes.csv``, all cells strings.
+    """
+    rng = np.random.default_rng([seed, ("train", "val", "test").index(split)])
+    train = recordings[recordings.split == "train"]
+    train_labels = set(train.label)
+    train_stems = set(map(source_stem, train.source_package, train.source_path))
+    pool = recordings[recordings.split == split].reset_index(drop=True)
+    uses = np.zeros(len(pool))
+    unique = split != "train" if unique_labels is None else unique_labels
+    label_sets: set[frozenset[str]] = set()
+    rows: list[dict[str, object]] = []
+    for attempt in count():
+        if len(rows) == n_scenes:
+            break
+        if attempt > 100 * n_scenes:
+            raise ValueError(f"only {len(rows)} of {n_scenes} scenes of split '{split}' have a set of labels of their own; ask for fewer")
+        size = int(rng.choice(3, p=EVENT_SHARES)) + 1
+        order = np.argsort(uses + rng.uniform(0, 1.5, len(pool)))                 # least used first, with jitter
+        chosen: list[int] = []
+        for index in order:
+            if pool.label[index] not in {pool.label[other] for other in chosen}:
+                chosen.append(int(index))
+            if len(chosen) == size:
+                break
+        layout = str(rng.choice(LAYOUTS[size]))
+        if layout == "background":                                                # the longest recording lies behind the others
+            chosen.sort(key=lambda index: float(pool.seconds[index]))
+        picked = pool.loc[chosen]
+        labels = frozenset(picked.label)
+        if unique and labels in label_sets:
+            uses[chosen] += 0.1                                                   # so that another set comes up
+            continue
+        label_sets.add(labels)
+        uses[chosen] += 1
+        rows.append({
+            "youtube_id": f"mini-{split}-{len(rows):05d}", "split": split, "layout": layout,
+            "recordings": ";".join(picked.clip_id), "labels": ";".join(picked.label),
+            **arrange(layout, [float(cell) for cell in picked.seconds], rng),
+            "noise_seed": str(rng.integers(2**31)),
+            "seen": str(int(labels <= train_labels)),
+            "shares_source": "" if split == "train" else str(int(not train_stems.isdisjoint(map(source_stem, picked.source_package, picked.source_path)))),
+        })
+    return pd.DataFrame(rows).astype(str)
+
+
+def compose_captions(scene: pd.Series, labels: pd.DataFrame, n_captions: int, rng: np.random.Generator,
+                     heldout: bool = False) -> tuple[list[str], list[int]]:
+    """Write ``n_captions`` different captions of a scene, each as another annotator might.
+
+    An annotator chooses a connective for the layout and a form for every event, and in one of four scenes with three
+    events leaves one of them out. With ``heldout`` one of the captions uses the held-out paraphrase or connective.
+
+    Args:
+        scene: ``layout`` and ``labels`` of one row.
+        labels: ``labels.csv`` indexed by label, with a column for each form.
+
+    Returns:
+        The captions, capitalised without a full stop as in AudioCaps, and the 1-based places of the held-out ones.
+    """
+    events = scene.labels.split(";")
+    heldout_at = int(rng.integers(n_captions)) if heldout else -1
+    captions: list[str] = []
+    marked: list[int] = []
+    for _ in range(50 * n_captions):
+        if len(captions) == n_captions:
+            break
+        kept, layout, strange = list(events), scene.layout, len(captions) == heldout_at
+        if len(events) == 3 and not strange and rng.random() < 0.25:
+            del kept[int(rng.integers(2))]
+        new_connective = strange and rng.random() < 0.5
+        templates = (HELDOUT_TEMPLATES if new_connective else TEMPLATES)[layout, len(kept)]
+        forms = (HELDOUT_FORM,) if strange and not new_connective else TRAIN_FORMS
+        if strange and not new_connective:
+            templates = [text for text in templates if text == text.lower()]            # every event in the held-out form
+        slots = {}
+        for letter, event in zip("abc", kept, strict=False):
+            slots[letter] = labels.at[event, str(rng.choice(forms))]
+            slots[letter.upper()] = labels.at[event, "nominal"]
+        caption = str(rng.choice(templates)).format(**slots)
+        caption = caption[0].upper() + caption[1:]
+        if caption in captions:
+            continue
+        captions.append(caption)
+        if strange:
+            marked.append(len(captions))
+    return captions, marked
+
+
+def write_corpus(data_dir: Path, seed: int = 0) -> None:
+    """Write ``scenes.csv`` and ``{train,val,test}.csv`` from ``recordings/recordings.csv`` and ``recordings/labels.csv``.
+
+    Train scenes get one to five captions, val and test five, one of them held out (column ``heldout_captions``: its
+    1-based place). The same seed gives the same bytes.
+    """
+    recordings = pd.read_csv(data_dir / "recordings/recordings.csv", dtype=str, keep_default_na=False)
+    labels = pd.read_csv(data_dir / "recordings/labels.csv", dtype=str, keep_default_na=False).set_index("label")
+    tables = []
+    for number, (split, n_scenes) in enumerate(SCENE_COUNTS.items()):
+        rng = np.random.default_rng([seed, 1, number])
+        scenes = build_scenes(recordings, split, n_scenes, seed)
+        captions, heldout = [], []
+        for _, scene in scenes.iterrows():
+            n_captions = int(rng.integers(1, 6)) if split == "train" else 5
+            texts, marked = compose_captions(scene, labels, n_captions, rng, heldout=split != "train")
+            captions += [(scene.youtube_id, "0", text) for text in texts]
+            heldout.append(";".join(map(str, marked)))
+        tables.append(scenes.assign(heldout_captions=heldout))
+        frame = pd.DataFrame(captions, columns=["youtube_id", "start_time", "caption"])
+        frame.insert(0, "audiocap_id", [str((number + 1) * 100_000 + row) for row in range(len(frame))])
+        atomic_write(data_dir / f"{split}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    atomic_write(data_dir / "scenes.csv", pd.concat(tables).to_csv(index=False, lineterminator="\n"))

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 from ledger import COLUMNS, LEDGER
 
 from dl.config import REPO
-from dl.results import atomic_write, csv_text
+from dl.store import atomic_write, csv_text
 
 LONGEST = ("test_notebooks.py", "test_paper_profile.py")      # begun first, so that no process waits for them at the end
 

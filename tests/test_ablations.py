@@ -10,12 +10,12 @@ import pytest
 import torch
 from test_experiments import embeddings
 
-from dl.bridge.training import train_bridge
+from dl.train import train_bridge
 from dl.config import BridgeConfig, get_profile
 from dl.data import Split
-from dl.metrics.bootstrap import make_draws, make_reference, score_clips
-from dl.metrics.gap import gap_metrics
-from dl.results import MetricsFile
+from dl.bootstrap import make_draws, make_reference, score_clips
+from dl.gap import gap_metrics
+from dl.store import MetricsFile
 from dl.studies import ablations
 from dl.studies.ablation_table import METRICS, lesson
 from dl.studies.ablations import (
@@ -76,7 +76,7 @@ def test_another_number_of_levels_keeps_the_share_of_k_and_a_wanted_signal_is_me
     base = replace(base_config(profile), start_timestep=300, num_inference_steps=50)
     tenth = resolve(base, Variant("", {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.2}))
     assert (tenth.start_timestep, tenth.num_inference_steps) == (30, 30)
-    from dl.bridge.scheduler import DDIMScheduler
+    from dl.scheduler import DDIMScheduler
 
     for variant in ABLATIONS["schedule"].variants:
         config = resolve(base, variant)

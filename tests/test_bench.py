@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from dl.bridge.network import BridgeNetwork
+from dl.bridge import BridgeNetwork
 from dl.config import REPO
 
 BENCH = REPO / "tests/bench"
@@ -98,14 +98,14 @@ def test_the_estimate_is_what_its_formula_says(rows):
 
 
 def test_the_estimate_counts_what_a_default_run_trains_and_generates(bench):
-    from dl.captioning import supervised_rows, zero_shot_rows
+    from dl.experiments import supervised_rows, zero_shot_rows
 
     rows = [*zero_shot_rows(bench.PAPER), *supervised_rows()]
     assert len(rows) == bench.CAPTION_ROWS and len({row.decoder for row in rows}) == bench.DECODERS
 
 
 def test_the_mini_profile_counts_what_full_fits_and_generates(bench):
-    from dl.captioning import supervised_rows, zero_shot_rows
+    from dl.experiments import supervised_rows, zero_shot_rows
     from dl.experiments import FITS
     from dl.peers import REGISTRY
 

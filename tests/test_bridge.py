@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 
-from dl.bridge.network import BridgeNetwork, DiffusionLink, timestep_embedding, unit_rows
+from dl.bridge import BridgeNetwork, DiffusionLink, timestep_embedding, unit_rows
 from dl.config import BridgeConfig
 
 DIM = 12

@@ -15,10 +15,10 @@ from test_captioning import tiny_language_model
 from torch.nn.functional import normalize
 
 from dl.__main__ import main
-from dl.bridge.network import DiffusionLink
-from dl.captioner import files
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.files import clock, printable, read_windows
+from dl.bridge import DiffusionLink
+from dl import caption_files as files
+from dl.captioner import LLMCaptioner
+from dl.caption_files import clock, printable, read_windows
 from dl.config import REPO, BridgeConfig, CaptionerConfig, get_profile
 from dl.data import AudioError, read_audio
 

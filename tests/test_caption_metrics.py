@@ -19,9 +19,10 @@ from aac_metrics.utils.tokenization import preprocess_mono_sents, preprocess_mul
 
 from dl.config import REPO, get_profile
 from dl.data import load_split
-from dl.metrics import captions, java
-from dl.metrics.bootstrap import ClipCounts, make_draws, score_clips
-from dl.metrics.caption_runs import (
+from dl import caption_metrics as captions
+from dl import caption_metrics as java
+from dl.bootstrap import ClipCounts, make_draws, score_clips
+from dl.caption_metrics import (
     candidates_column,
     candidates_path,
     markdown_text,
@@ -30,12 +31,12 @@ from dl.metrics.caption_runs import (
     score_caption_runs,
     write_candidates,
 )
-from dl.metrics.captions import METRICS, MetricNotComputed, score_captions, score_systems
-from dl.metrics.java import Java, JavaError, Meteor, find_java, java_version, meteor_counts, meteor_from_counts, ptb_tokenize
-from dl.pipeline import check
+from dl.caption_metrics import METRICS, MetricNotComputed, score_captions, score_systems
+from dl.caption_metrics import Java, JavaError, Meteor, find_java, java_version, meteor_counts, meteor_from_counts, ptb_tokenize
+from dl import check
 from dl.report.caption_table import write_table2
 from dl.report.claims import write_claims
-from dl.results import MetricsFile
+from dl.store import MetricsFile
 
 N = 20
 JARS = Path(pycocoevalcap.__file__).parent if pycocoevalcap.__file__ else Path(next(iter(pycocoevalcap.__path__)))
@@ -334,7 +335,7 @@ def test_sbert_sim_is_a_mean_over_references_and_named_after_its_model(no_java):
 def test_sentence_vectors_equal_sentence_transformers():
     from sentence_transformers import SentenceTransformer
 
-    from dl.encoder.mini_clap import minilm_folder
+    from dl.mini_clap import minilm_folder
 
     sentences = ["a dog barks", "heavy rain falls on a tin roof while a man shouts", ""]
     theirs = SentenceTransformer(str(minilm_folder()), device="cpu").encode(sentences, normalize_embeddings=True)

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from dl.config import get_profile
-from dl.metrics.captions import METRICS
+from dl.caption_metrics import METRICS
 from dl.report.caption_table import DISJOINT, paper_gain, t_half_width, write_table2
 from dl.report.claims import write_claims
-from dl.results import MetricsFile
+from dl.store import MetricsFile
 
 NO_SPICE = "the models are absent; run python -m something"
 SCORES = {"raw": 1.0, "ridge": 1.28, "diffusion_link": 1.30, "text_ceiling": 3.0}

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dl.captioner import language_model
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.language_model import SMOLLM2, load_language_model
-from dl.captioner.training import train_captioner
+from dl import captioner as language_model
+from dl.captioner import LLMCaptioner
+from dl.captioner import SMOLLM2, load_language_model
+from dl.captioner_train import train_captioner
 from dl.config import CaptionerConfig
-from dl.precision import resolve_dtype
+from dl.config import resolve_dtype
 
 D = 16
 CAPTIONS = ["A dog barks", "Rain falls on a tin roof while a man is speaking", "Birds", "An engine idles and then revs up", "A bell rings"]

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_captioner import CAPTIONS, D, loss_by_hand, one_line, tiny_config, tiny_language_model
 
-from dl.bridge import checkpoint
-from dl.captioner import language_model
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.training import BucketSampler, caption_loss, learning_rate, train_captioner
+from dl import store as checkpoint
+from dl import captioner as language_model
+from dl.captioner import LLMCaptioner
+from dl.captioner_train import BucketSampler, caption_loss, learning_rate, train_captioner
 from dl.config import REPO, CaptionerConfig
-from dl.precision import number_format, resolve_dtype
+from dl.config import number_format, resolve_dtype
 
 FOUR = ["A dog", "Rain", "A bell", "Birds"]
 
@@ -217,8 +217,8 @@ from accelerate import Accelerator
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from safetensors.torch import load_file, save_file
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.training import train_captioner
+from dl.captioner import LLMCaptioner
+from dl.captioner_train import train_captioner
 from dl.config import CaptionerConfig
 
 folder, out, *captions = sys.argv[1:]

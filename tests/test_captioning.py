@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dl import captioning
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioning import (
+from dl import experiments as captioning
+from dl.captioner import LLMCaptioner
+from dl.experiments import (
     Row,
     caption_pairs,
     caption_rows,
@@ -27,11 +27,11 @@ from dl.captioning import (
 )
 from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
 from dl.data import Split
-from dl.encoder.clap import Embeddings
+from dl.clap import Embeddings
 from dl.experiments import fit_system
-from dl.metrics.caption_runs import read_candidates
+from dl.caption_metrics import read_candidates
 from dl.peers import REGISTRY, centre
-from dl.results import MetricsFile
+from dl.store import MetricsFile
 
 DIM = 8
 
@@ -272,7 +272,8 @@ def test_the_strict_rows_leave_the_fits_on_all_of_train_alone(profile, counted):
 @pytest.fixture
 def no_java(monkeypatch):
     """A machine without Java: sbert_sim alone is computed, the rest is n/c; quick, and the rows are the same."""
-    from dl.metrics import captions, java
+    from dl import caption_metrics as captions
+    from dl import caption_metrics as java
 
     def absent():
         raise java.JavaError("no Java")

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dl.config import REPO
-from dl.encoder import laion as laion_files
-from dl.encoder.backends import HubClapBackend, LaionClapBackend, digest
-from dl.encoder.laion import SETTINGS_FILE, TOKENIZER_VARIABLE, convert_laion_checkpoint, converted_folder
-from dl.results import sha256_file
+from dl import clap as laion_files
+from dl.clap import HubClapBackend, LaionClapBackend, digest
+from dl.clap import SETTINGS_FILE, TOKENIZER_VARIABLE, convert_laion_checkpoint, converted_folder
+from dl.store import sha256_file
 
 ROBERTA_VOCABULARY = 50_265
 CAPTIONS = ["A dog barks", "Rain falls on a roof while a man speaks", "a bell", "An engine idles, then a horn honks twice",
@@ -151,7 +151,7 @@ def test_backends_state_what_the_front_reads(backend) -> None:
 
 
 def test_a_longer_clip_is_refused_by_the_door_and_cropped_by_the_front(backend) -> None:
-    from dl.encoder.clap import ClapEncoder
+    from dl.clap import ClapEncoder
 
     long = np.concatenate([waveforms()[-1], np.full(480, 0.5, np.float32)])              # 10.01 s
     with pytest.raises(ValueError, match="480480 samples"):
@@ -160,7 +160,7 @@ def test_a_longer_clip_is_refused_by_the_door_and_cropped_by_the_front(backend) 
 
 
 def test_the_front_finds_the_right_door(hub_folder, laion_pt, laion, roberta, monkeypatch) -> None:
-    from dl.encoder.clap import ClapEncoder
+    from dl.clap import ClapEncoder
 
     monkeypatch.setenv(TOKENIZER_VARIABLE, str(roberta))
     assert isinstance(ClapEncoder.from_pretrained(hub_folder, "cpu").backend, HubClapBackend)
@@ -346,11 +346,11 @@ def test_the_cache_key_follows_weights_and_tokenizer(hub, hub_folder, tmp_path) 
 def test_imports_stay_scoped() -> None:
     """Nothing heavy comes with dl; laion_clap comes without torchvision, the hub, a changed sys.path or changed random numbers."""
     program = """
-import sys, dl, dl.encoder.clap, dl.encoder.backends, dl.encoder.laion
+import sys, dl, dl.clap, dl.clap, dl.clap
 assert not {"transformers", "laion_clap"} & set(sys.modules), "imported with dl"
 path, sys.argv = list(sys.path), ["program", "--unknown", "flag"]
 import torch; state = torch.get_rng_state()
-dl.encoder.laion.import_laion_clap()
+dl.clap.import_laion_clap()
 from transformers import AutoTokenizer, RobertaModel, RobertaTokenizer
 from transformers.utils import is_torchvision_available
 from importlib.util import find_spec

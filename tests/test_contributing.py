@@ -20,7 +20,7 @@ CHECKS = {
     "A peer method": """
 from dl.experiments import score_table
 from dl.report.tables import write_table1
-from dl.results import MetricsFile
+from dl.store import MetricsFile
 scores, rows = score_table(profile, ["raw", "half_shift"], train, test, split, progress=False)
 file = MetricsFile(profile)
 file.add(rows)
@@ -31,10 +31,10 @@ assert table.parameters["half_shift"] == 2 * train.audio.shape[1] and table.uses
 """,
     "A metric": """
 from dl.experiments import score_table
-from dl.metrics.bootstrap import make_reference
-from dl.metrics.gap import gap_metrics
+from dl.bootstrap import make_reference
+from dl.gap import gap_metrics
 from dl.report.tables import write_table1
-from dl.results import MetricsFile
+from dl.store import MetricsFile
 value = gap_metrics(test.first_text, make_reference(test))["share_close"]
 assert value.shape == (1,) and value[0] == 1.0
 _, rows = score_table(profile, ["raw"], train, test, split, progress=False)
@@ -47,8 +47,8 @@ assert abs(float(write_table1(profile).share_close.iloc[0]) - expected) < 1e-6
     "An encoder": """
 import numpy as np
 import torch
-from dl.encoder.clap import ClapEncoder
-from dl.pipeline import check
+from dl.clap import ClapEncoder
+from dl import check
 assert profile.encoder == "spectrum" and "SpectrumBackend" in check.encoder(profile)
 encoder = ClapEncoder.from_pretrained(profile.encoder)
 sound = np.random.default_rng(0).standard_normal((2, 48_000)).astype(np.float32) / 8
@@ -62,7 +62,7 @@ import torch
 from torch.nn.functional import normalize
 from dl.config import get_profile
 from dl.data import load_split
-from dl.encoder.clap import Embeddings
+from dl.clap import Embeddings
 profile = get_profile("mini", bootstrap_samples=50, max_clips={"train": 24, "val": 24, "test": 24})
 split = load_split(profile, "test")
 def embeddings(name, seed):

@@ -25,7 +25,7 @@ from dl.data import (
     read_recording,
     recording_files,
 )
-from dl.scenes import HELDOUT_TEMPLATES, SCENE_COUNTS, build_scenes, mix_scene, source_stem, write_corpus
+from dl.data import HELDOUT_TEMPLATES, SCENE_COUNTS, build_scenes, mix_scene, source_stem, write_corpus
 
 DATA = REPO / "data/mini"
 ALLOWED_LICENCES = {"CC0-1.0", "CC-BY-3.0", "CC-BY-SA-3.0", "CC-BY-SA-4.0", "LAL-1.2", "MIT", "LicenseRef-public-domain"}

@@ -17,13 +17,13 @@ import soundfile
 import torch
 from test_caption_files import DIM, Encoder, checkpoints, quick, wav  # noqa: F401
 
-from dl import demo
+from dl import caption_files as demo
 from dl.__main__ import main
-from dl.captioner.captioner import LLMCaptioner
+from dl.captioner import LLMCaptioner
 from dl.config import REPO, get_profile
 from dl.data import SAMPLING_RATE, load_split
-from dl.demo import answer_file, answer_scene, load_page, text
-from dl.encoder.clap import _write
+from dl.caption_files import answer_file, answer_scene, load_page, text
+from dl.clap import _write
 
 HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "${alert(1)}", "{{value}}", "a\nb\x1b[31m"]
 

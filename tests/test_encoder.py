@@ -14,10 +14,10 @@ from safetensors import safe_open
 
 from dl.config import get_profile
 from dl.data import CAPTION_COLUMNS, AudioError, load_split
-from dl.encoder import clap as module
-from dl.encoder.clap import CROP_SAMPLES, ClapEncoder, crop, embed_split, load_embeddings
-from dl.encoder.mini_clap import AudioTrunk, MiniClap, info_nce, prepare
-from dl.metrics.neighbours import retrieval
+from dl import clap as module
+from dl.clap import CROP_SAMPLES, ClapEncoder, crop, embed_split, load_embeddings
+from dl.mini_clap import AudioTrunk, MiniClap, info_nce, prepare
+from dl.gap import retrieval
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dl.config import REPO, get_profile
-from dl.pipeline import check
+from dl import check
 
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 PINS = PYPROJECT["project"]["dependencies"]
@@ -112,7 +112,7 @@ def test_public_names_lead_to_their_modules():
 
 
 def test_importing_dl_costs_nothing():
-    code = ("import sys, dl, dl.__main__, dl.pipeline.stages, dl.pipeline.runner, dl.pipeline.check; "
+    code = ("import sys, dl, dl.__main__, dl.run, dl.run, dl.check; "
             "print(sorted({'torch', 'transformers', 'papermill', 'pandas', 'numpy', 'nbformat'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
     assert done.stdout.strip() == "[]"

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from dl import experiments
 from dl.config import BridgeConfig, get_profile
 from dl.data import load_split
-from dl.encoder.clap import Embeddings
+from dl.clap import Embeddings
 from dl.peers import REGISTRY
 from dl.report.claims import VERDICT_RULES
 

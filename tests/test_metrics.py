@@ -10,11 +10,11 @@ import torch
 from scipy.linalg import sqrtm
 from sklearn.metrics import roc_auc_score
 
-from dl.encoder.clap import Embeddings
-from dl.metrics import gap as metrics
-from dl.metrics.bootstrap import make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
-from dl.metrics.gap import Reference, gap_functions, gap_metrics, median_bandwidth
-from dl.metrics.neighbours import nearest_captions, ranking_scores, retrieval, top_k, weight_rows
+from dl.clap import Embeddings
+from dl import gap as metrics
+from dl.bootstrap import make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
+from dl.gap import Reference, gap_functions, gap_metrics, median_bandwidth
+from dl.gap import nearest_captions, ranking_scores, retrieval, top_k, weight_rows
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -19,8 +19,8 @@ import pytest
 from test_pipeline import write_notebook
 
 from dl.config import REPO
-from dl.pipeline.notebook import parameter_names, read_notebook
-from dl.pipeline.stages import STAGES
+from dl.run import parameter_names, read_notebook
+from dl.run import STAGES
 
 NOTEBOOKS = [REPO / "notebooks" / stage.notebook for stage in STAGES if (REPO / "notebooks" / stage.notebook).is_file()]
 CHECKED = "# NBVAL_CHECK_OUTPUT"

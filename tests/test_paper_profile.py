@@ -228,7 +228,7 @@ def test_without_data_and_weights_nothing_is_written(tmp_path):
 
 
 def test_stages_without_captions_need_no_language_model(stand_in):
-    from dl.pipeline.check import missing_assets
+    from dl.check import missing_assets
 
     profile = replace(PROFILES["paper"], data_dir=stand_in / "audiocaps", encoder=str(stand_in / "clap"))
     assert missing_assets(profile, captions=False) == []

@@ -8,8 +8,8 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from torch.nn.functional import normalize
 
 from dl.peers import REGISTRY, build
-from dl.peers.base import Peer, centre, uncentre
-from dl.results import SYSTEMS
+from dl.peers import Peer, centre, uncentre
+from dl.store import SYSTEMS
 
 D = 12
 CLOSED_FORMS = ("raw", "mean_shift", "c3", "capdec", "realign", "whitening_colouring", "projection", "nearest_text", "procrustes", "ridge", "pls_head")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from dl.bridge.network import DiffusionLink
-from dl.bridge.training import train_bridge
+from dl.bridge import DiffusionLink
+from dl.train import train_bridge
 from dl.config import BridgeConfig
-from dl.peers.base import Peer, centre, uncentre
-from dl.peers.trained import REGISTRY
+from dl.peers import Peer, centre, uncentre
+from dl.peers import REGISTRY
 
 D = 8
 SMALL = {"train_steps": 12, "batch_size": 16}

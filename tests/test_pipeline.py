@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,10 +17,10 @@ import pytest
 
 from dl.__main__ import literal
 from dl.config import REPO, get_profile
-from dl.pipeline import runner
-from dl.pipeline.notebook import StageError, module_closure, parameter_names
-from dl.pipeline.runner import run_stages, seconds_text
-from dl.pipeline.stages import STAGES, Run, Stage
+from dl import run as runner
+from dl.run import StageError, parameter_names, recipes
+from dl.run import run_stages, seconds_text
+from dl.run import STAGES, Run, Stage
 
 SETUP = """
 import os, time
@@ -108,7 +109,7 @@ def test_second_run_skips_all_and_each_change_has_its_reason(toy, capsys):
         return reasons
 
     first = {"02": "stage 01 runs first"}
-    assert after(toy.root / "dl/below.py", "VALUE = 8") == {"01": "dl/below.py changed"} | first
+    assert after(toy.root / "dl/below.py", "VALUE = 8") == {"01": None, "02": None}
     assert after(toy.root / "dl/apart.py", "VALUE = 8") == {"01": None, "02": None}
     assert after(toy.root / "data/in.csv", "b\n") == {"01": "data/in.csv changed"} | first
     assert after(toy.root / "data/sounds/x.opus", "y") == {"01": "data/sounds changed"} | first
@@ -295,27 +296,30 @@ def test_a_stopped_run_leaves_nothing_behind_and_goes_on(toy, number, code, caps
     assert ran(toy) == "02"                                                # and stage 01 is not repeated
 
 
-# --------------------------------------------------------------------------------------------------------------- imports
-def test_imports_are_followed(tmp_path):
-    package = tmp_path / "dl"
-    (package / "peers").mkdir(parents=True)
-    for name, source in {"__init__": "", "encoder": "from dl.data import x", "data": "import numpy", "plots": "from . import data", "bridge": "",
-                         "peers/__init__": "from .closed import y", "peers/closed": "from ..bridge import z", "peers/trained": ""}.items():
-        (package / f"{name}.py").write_text(source)
+# --------------------------------------------------------------------------------------------------------------- recipes
+def test_an_edit_of_dl_is_said_and_a_recipe_decides(toy, capsys):
+    module = toy.root / "dl/toy.py"
+    assert run_stages(toy) == 0
+    module.write_text(module.read_text() + "# a comment\n")
+    capsys.readouterr()
+    assert run_stages(toy) == 0
+    assert "SKIP 01 first: up to date; dl has changed since 01 ran (--force runs it again)" in capsys.readouterr().out
+    module.write_text(module.read_text() + "TOY_RECIPE = 1\n")
+    assert toy.reason(toy.stages[0]) == "TOY_RECIPE is new"
+    assert run_stages(toy) == 0
+    module.write_text(module.read_text().replace("RECIPE = 1", "RECIPE = 2"))
+    assert toy.reason(toy.stages[0]) == "TOY_RECIPE changed"
 
-    def names(source: str) -> list[str]:
-        return [path.relative_to(package).with_suffix("").as_posix() for path in module_closure(source, package)]
 
-    assert names("import numpy") == []
-    assert names("from dl import load_split") == ["data"]
-    assert names("from dl.encoder import x") == ["data", "encoder"]
-    assert names("from dl.peers import closed") == ["bridge", "peers/closed"]
-    assert names("%matplotlib inline\nfrom dl.plots import p") == ["data", "plots"]
-    assert names("def f():\n    import dl.encoder as e") == ["data", "encoder"]
-    peers = ["bridge", "peers/__init__", "peers/closed", "peers/trained"]
-    assert names("from dl.peers import build") == peers
-    assert names("from dl.peers.closed import y") == ["bridge", "peers/closed"]
-    assert names("import dl") == sorted(["data", "encoder", "plots", *peers]) == names("not python at all")
+def test_a_stage_that_lays_out_runs_after_every_edit(toy):
+    stage = replace(toy.stages[0], lays_out=True)
+    before = toy.parts(stage)["dl"]
+    (toy.root / "dl/toy.py").write_text("VALUE = 1  # another comment\n")
+    assert toy.parts(stage)["dl"] != before
+
+
+def test_the_recipes_of_dl():
+    assert {"BRIDGE_RECIPE", "PEERS_RECIPE", "DECODER_RECIPE"} <= set(recipes(REPO / "dl"))
 
 
 # -------------------------------------------------------------------------------------------------------------- real stages
@@ -333,7 +337,7 @@ def test_the_table_of_stages():
 
 
 def test_the_key_of_metrics_is_that_of_results(toy):
-    from dl.results import METRIC_KEY
+    from dl.store import METRIC_KEY
 
     toy.results.mkdir(parents=True)
     (toy.results / "metrics.csv").write_text(",".join(METRIC_KEY) + ",value\n" + ",".join(METRIC_KEY) + ",1\n")

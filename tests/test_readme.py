@@ -62,7 +62,7 @@ def test_table1_repeats_the_means_of_the_single_runs(system, metric):
 
 @pytest.mark.parametrize("claim", ["C1", "C2", "C5"])
 def test_verdicts_follow_from_the_metrics(claim):
-    from dl.results import MetricsFile
+    from dl.store import MetricsFile
 
     rule = next(rule for rule in VERDICT_RULES if rule.id == claim)
     judged = judge(rule, MetricsFile(get_profile("mini", results_root=REPO / "results")).frame(), "mini")

@@ -22,28 +22,28 @@ import torch.nn.functional as F
 from test_captioner import CAPTIONS, shake, tiny_config, tiny_language_model
 from torch import Tensor
 
-from dl.bridge.losses import TOPOLOGY_FORMS, bridge_losses, topology_loss
-from dl.bridge.network import BridgeNetwork, DiffusionLink, timestep_embedding, unit_rows
-from dl.bridge.scheduler import BETA_SCHEDULES, DDIMScheduler, ddim_sample
-from dl.bridge.training import EMA, PairSampler, learning_rate, train_bridge
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.training import BucketSampler, caption_loss, train_captioner
-from dl.captioner.training import learning_rate as captioner_learning_rate
+from dl.bridge import TOPOLOGY_FORMS, bridge_losses, topology_loss
+from dl.bridge import BridgeNetwork, DiffusionLink, timestep_embedding, unit_rows
+from dl.scheduler import BETA_SCHEDULES, DDIMScheduler, ddim_sample
+from dl.train import EMA, PairSampler, learning_rate, train_bridge
+from dl.captioner import LLMCaptioner
+from dl.captioner_train import BucketSampler, caption_loss, train_captioner
+from dl.captioner_train import learning_rate as captioner_learning_rate
 from dl.config import BridgeConfig, get_profile
 from dl.data import check_waveform, load_split
-from dl.encoder.clap import MINI_FOLDER, ClapEncoder, Embeddings
-from dl.encoder.mini_clap import MiniClap, MiniClapBackend
-from dl.metrics.bootstrap import ClipCounts, Draws, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
-from dl.metrics.captions import METRICS, score_captions
-from dl.metrics.gap import gap_length, gap_metrics, separability
+from dl.clap import MINI_FOLDER, ClapEncoder, Embeddings
+from dl.mini_clap import MiniClap, MiniClapBackend
+from dl.bootstrap import ClipCounts, Draws, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
+from dl.caption_metrics import METRICS, score_captions
+from dl.gap import gap_length, gap_metrics, separability
 from dl.peers import REGISTRY, build, centre, uncentre
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 ANEW = "python tests/test_recipes.py"
 RECIPES = {     # recipe: the module and the name of its number
-    "BRIDGE": ("dl.bridge.training", "BRIDGE_RECIPE"), "PEERS": ("dl.peers", "PEERS_RECIPE"), "DECODER": ("dl.captioner.training", "DECODER_RECIPE"),
-    "VECTORS": ("dl.encoder.clap", "VECTORS_RECIPE"), "GAP": ("dl.metrics.gap", "GAP_RECIPE"),
-    "BOOTSTRAP": ("dl.metrics.bootstrap", "BOOTSTRAP_RECIPE"), "CAPTION_METRICS": ("dl.metrics.captions", "CAPTION_METRICS_RECIPE"),
+    "BRIDGE": ("dl.train", "BRIDGE_RECIPE"), "PEERS": ("dl.peers", "PEERS_RECIPE"), "DECODER": ("dl.captioner_train", "DECODER_RECIPE"),
+    "VECTORS": ("dl.clap", "VECTORS_RECIPE"), "GAP": ("dl.gap", "GAP_RECIPE"),
+    "BOOTSTRAP": ("dl.bootstrap", "BOOTSTRAP_RECIPE"), "CAPTION_METRICS": ("dl.caption_metrics", "CAPTION_METRICS_RECIPE"),
 }
 TOLERANCE = {"VECTORS": 1e-4}
 D, N = 16, 48

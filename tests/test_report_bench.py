@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from dl.report.bench import SECTIONS, bench_table
-from dl.results import csv_text
+from dl.store import csv_text
 
 COLUMNS = ("section", "name", "over", "size", "ours", "theirs", "unit", "ratio", "goal", "met", "ratio_low", "ratio_high", "threads", "versions", "status",
            "reason", "profile")

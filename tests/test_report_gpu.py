@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from dl.report.gpu import HOURS, PARTS, gpu_table
 from dl.report.readme import memory_line
-from dl.results import csv_text
+from dl.store import csv_text
 
 COLUMNS = ("section", "name", "value", "unit", "batch", "seq_len", "dtype", "card", "torch", "transformers", "peft", "status", "reason")
 ABOUT = {"card": "Card 9000", "torch": "2.0", "transformers": "5.0", "peft": "0.1", "status": "ok"}

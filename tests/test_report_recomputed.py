@@ -96,7 +96,7 @@ def test_a_cider_d_of_table2_follows_from_the_captions():
     """The committed captions of raw against data/mini/test.csv by pycocoevalcap, seed by seed."""
     from pycocoevalcap.cider.cider import Cider
 
-    from dl.metrics.java import find_java, ptb_tokenize
+    from dl.caption_metrics import find_java, ptb_tokenize
 
     said = rows("captions/zero_shot_beam4")
     clip_ids, columns = [row["clip_id"] for row in said], sorted(name for name in said[0] if name.startswith("raw_seed_"))

@@ -17,7 +17,7 @@ from dl.report import deviations
 from dl.report.deviations import DEVIATIONS, deviations_table, marks
 from dl.report.html import Figure, Section, page, small_png
 from dl.report.replication import SECTIONS, section, write_report
-from dl.results import METRIC_COLUMNS, csv_text
+from dl.store import METRIC_COLUMNS, csv_text
 
 MINI = REPO / "results/mini"
 
@@ -25,7 +25,7 @@ MINI = REPO / "results/mini"
 # -------------------------------------------------------------------------------------------------------------- deviations
 def test_marks_and_register_match_both_ways():
     assert set(marks()) == {entry.id for entry in DEVIATIONS} and len(DEVIATIONS) == len({entry.id for entry in DEVIATIONS})
-    assert marks()["network"][0].startswith("dl/bridge/network.py:")
+    assert marks()["network"][0].startswith("dl/bridge.py:")
     assert all(getattr(entry, text) for entry in DEVIATIONS for text in ("here", "paper", "why"))
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dl import results
+from dl import store as results
 from dl.config import PROFILES, get_profile
-from dl.metrics.bootstrap import make_draws, paired_difference, score_system
-from dl.metrics.gap import Reference, median_bandwidth
+from dl.bootstrap import make_draws, paired_difference, score_system
+from dl.gap import Reference, median_bandwidth
 from dl.report import claims, tables
 from dl.report.claims import VERDICT_RULES, Part, combine, judge, verdict, write_claims
-from dl.results import METRIC_COLUMNS, MetricsFile, RowFile, atomic_write, search_file, write_provenance
+from dl.store import METRIC_COLUMNS, MetricsFile, RowFile, atomic_write, search_file, write_provenance
 
 
 @pytest.fixture

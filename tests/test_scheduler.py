@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler as DiffusersDDIM
 from diffusers import DDPMScheduler as DiffusersDDPM
 
-from dl.bridge.scheduler import BETA_SCHEDULES, DDIMScheduler, ddim_sample
+from dl.scheduler import BETA_SCHEDULES, DDIMScheduler, ddim_sample
 
 ORACLE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "sample", "clip_sample": False}
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dl.bridge import checkpoint
-from dl.bridge.losses import TOPOLOGY_FORMS, bridge_losses, combined_losses, prediction_loss, topology_loss
-from dl.bridge.scheduler import DDIMScheduler
-from dl.bridge.training import EMA, PairSampler, fit, learning_rate, train_bridge
+from dl import store as checkpoint
+from dl.bridge import TOPOLOGY_FORMS, bridge_losses, combined_losses, prediction_loss, topology_loss
+from dl.scheduler import DDIMScheduler
+from dl.train import EMA, PairSampler, fit, learning_rate, train_bridge
 from dl.config import BridgeConfig
 
 REPO = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from dl.workers import side_by_side
+from dl.experiments import side_by_side
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU there is one process")
 
@@ -42,7 +42,7 @@ def test_the_first_error_is_raised_and_the_rest_is_left_out(tmp_path):
 
 
 def test_processes_end_with_their_parent():
-    script = "import time; from dl.workers import side_by_side\nif __name__ == '__main__': side_by_side(time.sleep, [(120,), (120,)], 2)"
+    script = "import time; from dl.experiments import side_by_side\nif __name__ == '__main__': side_by_side(time.sleep, [(120,), (120,)], 2)"
     parent = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
     while len(children := psutil.Process(parent.pid).children(recursive=True)) < 3 and time.monotonic() < deadline:    # two, and a tracker of files

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dl.metrics import ARROWS, TITLES
-from dl.metrics.gap import DIRECTION
+from dl.gap import ARROWS, DIRECTION, TITLES
 from dl.plots.gap import LINES
 from dl.plots.style import COLOURS, PAGE, house_style, panels
 from dl.studies.ablation_table import METRICS, beyond

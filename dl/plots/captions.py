@@ -8,11 +8,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 
-from dl.metrics import TITLES
+from dl.gap import TITLES
 from dl.plots.comparison import SYSTEM_MARKERS, system_colour
 from dl.plots.gap import LINES
 from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
-from dl.results import SYSTEMS
+from dl.store import SYSTEMS
 
 MARKS = SYSTEM_MARKERS | {"text_ceiling": "s"}
 

@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dl.metrics import TITLES
+from dl.gap import TITLES
 from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
-from dl.results import SYSTEMS
+from dl.store import SYSTEMS
 
 SYSTEM_MARKERS = {"raw": "o", "text_floor": "s", "diffusion_link": "D", "diffusion_link_ddim": "d"}
 BOUNDS = ("text_floor", "text_ceiling")

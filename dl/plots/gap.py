@@ -10,7 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from dl.metrics import TITLES
+from dl.gap import TITLES
 from dl.plots.style import COLOURS, GREY, MARKERS, PAGE, house_style, panels, scatter_roles
 
 # --------------------------------------------------------------------------------- 03-05: the gap, the bridge, the way across

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dl.metrics import TITLES
+from dl.gap import TITLES
 from dl.plots.style import COLOURS, COLUMN, GREY, PAGE, house_style, panels
 
 CONTROL_MARKERS = {"ridge": "s", "regression_mlp": "D", "mappings": "v", "ridge_noise": "s", "regression_mlp_noise": "D", "ridge_residual": "v"}

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dl.config import Profile
-from dl.results import atomic_write
+from dl.store import atomic_write
 
 Given = ParamSpec("Given")
 Drawn = TypeVar("Drawn")                                # a Figure, or a Figure and the data behind it

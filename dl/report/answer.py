@@ -18,7 +18,7 @@ from dl.config import BridgeConfig, Profile, get_profile
 from dl.report.claims import C1_METRICS, CONTROLS, Part, lookup
 from dl.report.comparison import figure_text, paper_text
 from dl.report.paper import load_paper
-from dl.results import METRIC_COLUMNS, SYSTEMS, search_paths
+from dl.store import METRIC_COLUMNS, SYSTEMS, search_paths
 
 DIFFUSION = ("diffusion_bridge", "conditional_diffusion", "seed", "diffusion_link", "diffusion_link_ddim")
 SIMPLER = tuple(name for name in SYSTEMS if name not in (*DIFFUSION, "raw", "text_ceiling", "text_floor", "text_to_audio"))   # maps without diffusion
@@ -62,7 +62,7 @@ class Evidence:
         return pd.read_csv(path, dtype=str, keep_default_na=False) if path.is_file() else pd.DataFrame()
 
     def chosen(self, system: str) -> dict:
-        """What the search on val chose for a system (``dl.results.search_paths``)."""
+        """What the search on val chose for a system (``dl.store.search_paths``)."""
         for path in dict.fromkeys([self.folder / "search.csv", *search_paths(self.profile)]):
             if path.is_file():
                 search = pd.read_csv(path, dtype=str)
@@ -173,7 +173,7 @@ def why_line(e: Evidence) -> str:
 
 def signal_share(config: BridgeConfig, timestep: int) -> float:
     """abar at a start step: the share of the variance that is signal."""
-    from dl.bridge.scheduler import DDIMScheduler
+    from dl.scheduler import DDIMScheduler
 
     return float(DDIMScheduler(config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule).alphas_cumprod[timestep])
 

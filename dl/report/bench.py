@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from dl.plots.bench import AXES, growth_data
-from dl.results import markdown_table
+from dl.store import markdown_table
 
 SECTIONS = {
     "bridge_training": "bridge, a training step against its matrix products bare",

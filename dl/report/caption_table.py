@@ -10,11 +10,11 @@ import math
 import pandas as pd
 from scipy.stats import t as student_t
 
+from dl.caption_metrics import METRICS, SBERT_LABEL
 from dl.config import Profile
-from dl.metrics.captions import METRICS, SBERT_LABEL
 from dl.report.claims import VERDICT_RULES
 from dl.report.tables import _cell, _heading, _name, score_rows, write_table
-from dl.results import MetricsFile, markdown_table
+from dl.store import MetricsFile, markdown_table
 
 DISJOINT = "zero_shot:disjoint"        # mapping and decoder trained on disjoint recordings
 PANELS = {

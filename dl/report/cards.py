@@ -11,10 +11,10 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCardData
 
 from dl.config import REPO, get_profile
-from dl.metrics import TITLES
+from dl.gap import TITLES
 from dl.report.answer import WORDS, Evidence
 from dl.report.claims import C1_METRICS
-from dl.results import markdown_table
+from dl.store import markdown_table
 
 DATASET, ENCODER = "data/mini", "mini-CLAP"
 TAGS = ["audio", "clap", "audio-captioning", "modality-gap"]

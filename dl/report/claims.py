@@ -1,7 +1,7 @@
 """Verdicts on the paper's claims C1-C6, by rules that were committed before any system was scored on test.
 
 A claim is a list of parts; a part compares one figure of ``metrics.csv`` with a threshold, by its 95 % interval over training seeds,
-noise seeds and recordings. Differences between two systems are paired (``dl.metrics.bootstrap.paired_difference``) and stand in
+noise seeds and recordings. Differences between two systems are paired (``dl.bootstrap.paired_difference``) and stand in
 ``metrics.csv`` under the experiment ``<experiment>:paired`` and the system ``<ours>-<baseline>``.
 
 A part, and a claim of one part: **supported** if the interval lies on the claimed side, **partly_supported** if only the mean does,
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from dl.config import Profile
-from dl.results import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
+from dl.store import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
 
 TUNING_METRIC = "rmg"   # [ours] the one criterion on val for every row: it grows with distance across and with collapse within
 DIFFUSION_PEERS = ("diffusion_bridge", "conditional_diffusion", "seed")

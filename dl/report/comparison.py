@@ -11,7 +11,7 @@ import pandas as pd
 
 from dl.config import Profile, get_profile
 from dl.report.paper import CAPTION_FIGURES, NOT_REPORTED, UNKNOWN, load_paper
-from dl.results import atomic_write, csv_text, markdown_table
+from dl.store import atomic_write, csv_text, markdown_table
 
 COMPARISON_COLUMNS = (
     "part", "claim", "setting", "system", "metric", "ours", "ci_low", "ci_high", "n_seeds", "verdict", "paper", "paper_status",

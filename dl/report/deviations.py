@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dl.config import REPO
-from dl.results import markdown_table
+from dl.store import markdown_table
 
 MARK = re.compile(r"#\s*DEVIATION\(([\w-]+)\)")
 
@@ -52,11 +52,11 @@ def marks(root: Path = REPO) -> dict[str, list[str]]:
         root: the repository; ``dl/**/*.py`` below it is read.
 
     Returns:
-        for each id its places as ``dl/bridge/network.py:169``, in order.
+        for each id its places as ``dl/bridge.py:169``, in order.
 
     Example:
         >>> marks()["network"]
-        ['dl/bridge/network.py:169']
+        ['dl/bridge.py:169']
     """
     found: dict[str, list[str]] = {}
     for path in sorted((root / "dl").rglob("*.py")):

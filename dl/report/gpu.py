@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from dl.config import get_profile
-from dl.results import markdown_table
+from dl.store import markdown_table
 
 ABSENT = "not measured"
 PAPER = get_profile("paper")

@@ -19,7 +19,7 @@ from dl.report.deviations import deviations_table
 from dl.report.gpu import duration, gpu_table, measured
 from dl.report.replication import limits_section
 from dl.report.summaries import STORY, captions_table, claims_table, gap_table, timing_table
-from dl.results import atomic_write, markdown_table
+from dl.store import atomic_write, markdown_table
 
 TRAIN_BATCH, BEAM_BATCH = "16", "64"           # rows of bench_gpu.csv; 16 is the paper profile's
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from dl.audiocaps import OVERLAP, differences
 from dl.config import SPLITS, Profile
+from dl.data import OVERLAP, differences
 from dl.report.answer import GENERATIVE, SIMPLER, WORDS, Evidence, answer, difference_text, gain_text, generative_line
 from dl.report.claims import C1_METRICS, VERDICT_RULES
 from dl.report.comparison import claims_part, comparison_rows, others_part, tables_part
 from dl.report.deviations import deviations_table
 from dl.report.html import Figure, Section, page
 from dl.report.summaries import captions_table, claims_table, encoder_table, gap_table
-from dl.results import SYSTEMS, atomic_write, markdown_table
+from dl.store import SYSTEMS, atomic_write, markdown_table
 
 LIBRARIES = ("python", "torch", "transformers", "scikit-learn", "numpy")
 

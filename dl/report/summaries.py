@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from dl.metrics import ARROWS, TITLES
-from dl.metrics.gap import DIRECTION
-from dl.results import markdown_table
+from dl.gap import ARROWS, DIRECTION, TITLES
+from dl.store import markdown_table
 
 HEADLINE = {metric: TITLES[metric] + ARROWS.get(DIRECTION.get(metric, ""), "")
             for metric in ("pair_cosine", "centroid_gap", "rmg", "recall_at_10", "effective_rank")}

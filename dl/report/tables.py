@@ -9,11 +9,10 @@ import math
 
 import pandas as pd
 
+from dl.caption_metrics import CAPTION_DIRECTION
 from dl.config import Profile
-from dl.metrics import ARROWS
-from dl.metrics.captions import CAPTION_DIRECTION
-from dl.metrics.gap import DIRECTION
-from dl.results import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
+from dl.gap import ARROWS, DIRECTION
+from dl.store import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
 
 WATCHED = ("recall_at_10", "effective_rank")
 GAP_PANELS = {

@@ -10,10 +10,9 @@ from typing import Any
 import pandas as pd
 
 from dl.config import Profile
-from dl.metrics import ARROWS
-from dl.metrics.gap import DIRECTION
+from dl.gap import ARROWS, DIRECTION
 from dl.report.tables import write_table as write_files
-from dl.results import markdown_table
+from dl.store import markdown_table
 from dl.studies.variants import ABLATIONS
 
 METRICS = ("pair_cosine", "centroid_gap", "rmg", "recall_at_10", "effective_rank")

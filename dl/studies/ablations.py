@@ -21,23 +21,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dl.bridge.losses import bridge_losses
-from dl.bridge.network import INFERENCE_FIELDS, NETWORK_FIELDS, SCHEDULE_FIELDS, DiffusionLink
-from dl.bridge.scheduler import DDIMScheduler
-from dl.bridge.training import SOURCES, PairSampler, fit, seeded
-from dl.captioning import select_clips, short_hash
+from dl.bootstrap import ClipCounts, Draws, SystemScores, make_draws, make_reference, paired_difference, score_clips
+from dl.bridge import INFERENCE_FIELDS, NETWORK_FIELDS, SCHEDULE_FIELDS, DiffusionLink, bridge_losses
+from dl.clap import Embeddings
 from dl.config import REPO, BridgeConfig, Profile, get_profile
 from dl.data import Split, ids_sha256
-from dl.encoder.clap import Embeddings
-from dl.experiments import chosen, fit_system, map_runs
-from dl.metrics.bootstrap import ClipCounts, Draws, SystemScores, make_draws, make_reference, paired_difference, score_clips
-from dl.metrics.gap import Reference, centroid_gap, rmg
-from dl.metrics.neighbours import effective_rank, top_k
+from dl.experiments import chosen, fit_system, map_runs, select_clips, short_hash, side_by_side
+from dl.gap import Reference, centroid_gap, effective_rank, rmg, top_k
 from dl.peers import REGISTRY, build, centre, uncentre
-from dl.results import MetricsFile, atomic_write
+from dl.scheduler import DDIMScheduler
+from dl.store import MetricsFile, atomic_write
 from dl.studies.ablation_table import METRICS, write_table
 from dl.studies.variants import ABLATIONS, SMOKE, STEPS, Variant
-from dl.workers import side_by_side
+from dl.train import BRIDGE_RECIPE, PairSampler, fit, seeded
 
 REPLICATES = 200          # [ours] of the bootstrap over recordings and seeds; Table 1 takes 1,000
 ARRAYS = ("points", "replicates", "clip_replicates")      # of SystemScores, as the cache keeps them
@@ -94,7 +90,7 @@ def is_base(base: BridgeConfig, variant: Variant) -> bool:
 
 
 def scaled_bridge(config: BridgeConfig, train: Embeddings, scale: float, seed: int, checkpoint_path: str | Path | None = None, progress: bool = False) -> DiffusionLink:
-    """``dl.bridge.training.train_bridge`` with another scale s; at s = sqrt(D) it is the same network, bit for bit.
+    """``dl.train.train_bridge`` with another scale s; at s = sqrt(D) it is the same network, bit for bit.
 
     The prediction losses grow with s and L_topo does not, so lambda is multiplied by s / sqrt(D).
     """
@@ -168,7 +164,7 @@ class WeightedMetric(ClipCounts):
 
 
 def five_metrics(mapped: Tensor, reference: Reference) -> dict[str, np.ndarray | ClipCounts]:
-    """The five figures of ``METRICS``, as ``dl.metrics.gap.gap_metrics`` defines them, in the form that ``score_clips`` takes."""
+    """The five figures of ``METRICS``, as ``dl.gap.gap_metrics`` defines them, in the form that ``score_clips`` takes."""
     audio, text = mapped.numpy().astype(np.float64), reference.text.astype(np.float64)
     found = top_k(audio @ reference.gallery.astype(np.float64).T, 10)
     nothing = np.empty((len(audio), 0))
@@ -187,7 +183,7 @@ def score_file(profile: Profile, variant: Variant, train: Embeddings, test: Embe
     settings["config"] = asdict(resolve(base_config(profile), variant))
     tuned = {} if variant.system == "diffusion_link" else chosen(profile, variant.system)
     key = short_hash(settings=settings, tuned=tuned, seeds=list(seeds), noise_seeds=list(profile.noise_seeds), scoring=[SCORING, len(draws.seed)],
-                     train=[train.audio, train.text, train.text_clip], test=[test.audio, test.text, test.text_clip], code=list(SOURCES))
+                     train=[train.audio, train.text, train.text_clip], test=[test.audio, test.text, test.text_clip], recipe=BRIDGE_RECIPE)
     return profile.cache_dir / "ablations" / f"{key}.json"
 
 

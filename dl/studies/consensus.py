@@ -10,11 +10,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dl.captioning import Row, caption_rows, select_clips, system_vectors
+from dl.clap import Embeddings
 from dl.config import Profile
 from dl.data import Split, ids_sha256
-from dl.encoder.clap import Embeddings
-from dl.experiments import fit_system
+from dl.experiments import Row, caption_rows, fit_system, select_clips, system_vectors
 from dl.studies.rows import caption_scores, record_captions, references
 from dl.studies.samples import DIFFUSION, NUM_SAMPLES, Sampler, consensus, diffusion, draw_samples, match_sigma, mean_vector, spread
 

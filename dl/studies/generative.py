@@ -21,14 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dl.bootstrap import ClipCounts, Draws, SystemScores, make_reference, score_clips
+from dl.clap import Embeddings
 from dl.config import Profile
 from dl.data import Split, ids_sha256
-from dl.encoder.clap import Embeddings
 from dl.experiments import START_STEPS, fit_system
-from dl.metrics.bootstrap import ClipCounts, Draws, SystemScores, make_reference, score_clips
-from dl.metrics.gap import Reference, frechet_distance, mmd2
-from dl.metrics.neighbours import effective_rank, top_k
-from dl.peers.closed_form import Projection, Ridge
+from dl.gap import Reference, effective_rank, frechet_distance, mmd2, top_k
+from dl.peers import Projection, Ridge
 from dl.studies.rows import light_draws, record
 from dl.studies.samples import (
     DIFFUSION,

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dl.bootstrap import Draws, make_draws, paired_difference, score_clips
+from dl.caption_metrics import score_systems
+from dl.clap import Embeddings
 from dl.config import Profile
 from dl.data import Split, ids_sha256
-from dl.encoder.clap import Embeddings
-from dl.metrics.bootstrap import Draws, make_draws, paired_difference, score_clips
-from dl.metrics.captions import score_systems
-from dl.results import MetricsFile
+from dl.store import MetricsFile
 
 METRICS = ("cider_d", "sbert_sim")
 

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dl.bridge.scheduler import standard_normal
+from dl.bootstrap import ClipCounts
+from dl.caption_metrics import sentence_vectors
+from dl.clap import Embeddings
 from dl.config import Profile
-from dl.encoder.clap import Embeddings
 from dl.experiments import fit_system
-from dl.metrics.bootstrap import ClipCounts
-from dl.metrics.captions import sentence_vectors
+from dl.scheduler import standard_normal
 
 NUM_SAMPLES = 5                                     # S
 DIFFUSION = ("diffusion_link_ddim", "conditional_diffusion")

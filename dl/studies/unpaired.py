@@ -21,22 +21,19 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dl.bridge.losses import bridge_losses
-from dl.bridge.network import DiffusionLink
-from dl.bridge.training import PairSampler, fit, seeded
-from dl.captioning import Row, caption_rows, short_hash
+from dl.bootstrap import SystemScores, make_reference, score_clips
+from dl.bridge import DiffusionLink, bridge_losses
+from dl.clap import Embeddings
 from dl.config import Profile
 from dl.data import Split, ids_sha256
-from dl.encoder.clap import Embeddings
-from dl.experiments import FITS, START_STEPS, chosen, fit_system
-from dl.metrics.bootstrap import SystemScores, make_reference, score_clips
-from dl.metrics.gap import Reference, rmg
-from dl.metrics.neighbours import top_k
-from dl.peers.trained import DiffusionLinkPeer
+from dl.experiments import FITS, START_STEPS, Row, caption_rows, chosen, fit_system, short_hash
+from dl.gap import Reference, rmg, top_k
+from dl.peers import DiffusionLinkPeer
 from dl.studies.ablations import base_config, few_pairs
 from dl.studies.rows import caption_scores, light_draws, record, record_captions, references
 from dl.studies.samples import of_weights
 from dl.studies.variants import FRACTIONS
+from dl.train import PairSampler, fit, seeded
 
 ALPHAS = (*(trial["alpha"] for trial in FITS["ridge"]), 10.0, 30.0)
 Mapping = Callable[[Tensor], Tensor]

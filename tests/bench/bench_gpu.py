@@ -41,7 +41,7 @@ BRIDGE = replace(PAPER.bridge, train_steps=350)
 CAPTIONER = replace(PAPER.captioner, language_model="random Llama-2-7B", revision=None, patience=0, train_steps=15)
 CLIPS = {"train": 49_838, "val": 495, "test": 975}                   # AudioCaps 1.0
 CAPTIONS = CLIPS["train"] + 5 * (CLIPS["val"] + CLIPS["test"])       # one a clip in train, five in val and test
-DECODERS, CAPTION_ROWS = 3, 7                                        # of a default run: dl.captioning's ZERO_SHOT and SUPERVISED
+DECODERS, CAPTION_ROWS = 3, 7                                        # of a default run: dl.experiments's ZERO_SHOT and SUPERVISED
 CAPTION_TOKENS = 20                                                  # of a caption with its eos
 NEW_TOKENS = 30
 MINI_PARTS = {"bridge_fit": 24, "decoder_fit": 24, "captions": 81}   # fits and lists of mini's --full: Table 1's, Table 2's and the disjoint setting's
@@ -115,10 +115,10 @@ def ceilings(bench: Recorder, sizes: Sizes) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- bridge
 def bridge_train(bench: Recorder, sizes: Sizes) -> None:
-    """``dl.bridge.training.train_bridge`` on random pairs, its matrix products alone, and calls of an untrained bridge."""
-    from dl.bridge.network import DiffusionLink
-    from dl.bridge.training import train_bridge
-    from dl.peers.trained import DiffusionBridge
+    """``dl.train.train_bridge`` on random pairs, its matrix products alone, and calls of an untrained bridge."""
+    from dl.bridge import DiffusionLink
+    from dl.train import train_bridge
+    from dl.peers import DiffusionBridge
 
     where = {"batch": sizes.bridge.batch_size, "dtype": "float32"}
     generator = torch.Generator().manual_seed(0)
@@ -224,7 +224,7 @@ def htsat_embed(bench: Recorder, sizes: Sizes) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- captioner
 def llama_train(bench: Recorder, sizes: Sizes, llama: RandomCaptioner) -> None:
-    """Steps of ``dl.captioner.training.train_captioner``: LoRA and projector learn, captions of 20 tokens behind bos, prefix and prompt."""
+    """Steps of ``dl.captioner_train.train_captioner``: LoRA and projector learn, captions of 20 tokens behind bos, prefix and prompt."""
     def step(batch: int, checkpointing: bool, suffix: str) -> None:
         marks, length = llama.train(batch, checkpointing, CAPTION_TOKENS)
         times = intervals(marks, sizes.train_warmup)
@@ -310,9 +310,9 @@ def mini_full(bench: Recorder, sizes: Sizes) -> None:
 
     The captions are those of data/mini, the language model is the real one, the vectors are random; scoring, which needs no GPU, is left out.
     """
-    from dl.bridge.training import train_bridge
-    from dl.captioner.captioner import LLMCaptioner
-    from dl.captioner.training import train_captioner
+    from dl.train import train_bridge
+    from dl.captioner import LLMCaptioner
+    from dl.captioner_train import train_captioner
 
     config, made = sizes.mini, []
     captions = pd.read_csv(config.data_dir / "train.csv").caption.tolist()[: sizes.pairs]

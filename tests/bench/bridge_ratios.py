@@ -13,13 +13,13 @@ from recorder import synchronize
 from torch import Tensor, nn
 from unet1d import Unet1D
 
-from dl.bridge.network import DiffusionLink
-from dl.bridge.training import train_bridge
+from dl.bridge import DiffusionLink
+from dl.train import train_bridge
 from dl.config import REPO, BridgeConfig, get_profile
-from dl.peers.trained import DiffusionBridge
+from dl.peers import DiffusionBridge
 
 STEP_GOAL, UNET_GOAL, SAMPLER_GOAL = at_most(1.5), faster(20), faster(4)
-STEP = "a step of dl.bridge.training.fit against the matrix products of its forward and backward pass alone (torch.mm, the same shapes)"
+STEP = "a step of dl.train.fit against the matrix products of its forward and backward pass alone (torch.mm, the same shapes)"
 ALSO = {"cpu": "beside the products a step runs the elementwise layers forward and backward (LayerNorm, SiLU, dropout, L1), AdamW, clipping and EMA over "
                "all weights, and draws noise and batches",
         "cuda": "noise, levels and batches are drawn on the CPU, so that a seed gives the same fit on every device, and copied; every step waits for its "

@@ -11,7 +11,7 @@ import torch
 from random_captioner import RandomCaptioner
 from ratios import Ratios, at_most, check_equal, faster, in_turn, python_profile, torch_profile
 
-from dl.captioner.captioner import LLMCaptioner
+from dl.captioner import LLMCaptioner
 from dl.config import REPO, CaptionerConfig, get_profile
 from dl.data import load_split
 
@@ -40,7 +40,7 @@ def captioner_and_vectors(sizes: Sizes) -> tuple[LLMCaptioner, torch.Tensor]:
     if sizes.llama:
         config = CaptionerConfig(language_model="random tiny Llama", projector_width=24, lora_r=2, max_new_tokens=8)
         return RandomCaptioner(16, config, sizes.llama, torch.device("cpu")).captioner, torch.randn(sizes.clips, 16, generator=torch.Generator().manual_seed(0))
-    from dl.encoder.clap import ClapEncoder
+    from dl.clap import ClapEncoder
 
     split = load_split(get_profile("mini"), "test")
     vectors = ClapEncoder.from_pretrained("mini", "cpu").embed_audio([split.waveform(place) for place in range(sizes.clips)])
@@ -80,14 +80,14 @@ def captions_to_score(count: int) -> tuple[list[str], list[list[str]]]:
 
 
 def metrics(bench: Ratios, sizes: Sizes) -> None:
-    """``dl.metrics.captions.score_captions`` against ``aac_metrics.evaluate``; SPICE, which wants models to be downloaded, left out of both."""
+    """``dl.caption_metrics.score_captions`` against ``aac_metrics.evaluate``; SPICE, which wants models to be downloaded, left out of both."""
     from aac_metrics import evaluate
     from aac_metrics import functional as aac
     from sentence_transformers import SentenceTransformer
 
-    from dl.encoder.mini_clap import minilm_folder
-    from dl.metrics import captions as scoring
-    from dl.metrics.java import JavaError, find_java, jar
+    from dl.mini_clap import minilm_folder
+    from dl import caption_metrics as scoring
+    from dl.caption_metrics import JavaError, find_java, jar
 
     candidates, references = captions_to_score(sizes.scored)
     shape = f"{sizes.scored:,} captions with {len(references[0])} references each"

@@ -11,11 +11,11 @@ from caption_ratios import Sizes as CaptionSizes
 from caption_ratios import captioner_and_vectors
 from ratios import Ratios, seconds_of
 
-from dl.bridge.network import DiffusionLink
+from dl.bridge import DiffusionLink
 from dl.config import BridgeConfig, get_profile
 from dl.data import load_split
-from dl.encoder.clap import ClapEncoder
-from dl.metrics.gap import Reference, gap_metrics, median_bandwidth
+from dl.clap import ClapEncoder
+from dl.gap import Reference, gap_metrics, median_bandwidth
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class RandomCaptioner:
 
         if not hasattr(transformers, "GgufConfig"):      # dl reads SmolLM2 with it; an older transformers has none, and none is needed here
             transformers.GgufConfig = None
-        from dl.captioner import captioner as module
+        from dl import captioner as module
 
         with mock.patch.object(module, "load_language_model", self.load):
             return module.LLMCaptioner(self.embed_dim, self.settings).to(self.device)
@@ -68,7 +68,7 @@ class RandomCaptioner:
 
     def train(self, batch: int, checkpointing: bool, tokens: int) -> tuple[list[float], int]:
         """Run ``train_captioner`` on random captions of ``tokens`` tokens with eos; (clock at the end of each step, S positions of a row)."""
-        from dl.captioner.training import train_captioner
+        from dl.captioner_train import train_captioner
 
         captioner = self.captioner
         captioner.config = replace(self.settings, batch_size=batch, gradient_checkpointing=checkpointing)

@@ -12,7 +12,7 @@ import torch
 from recorder import Recorder, installed
 from scipy.stats import binom
 
-from dl.results import atomic_write, csv_text
+from dl.store import atomic_write, csv_text
 
 COLUMNS = ("section", "name", "over", "size", "ours", "theirs", "unit", "ratio", "goal", "met", "ratio_low", "ratio_high", "ratio_min", "ratio_max",
            "repeats", "device", "threads", "versions", "status", "reason", "profile")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dl.results import atomic_write, csv_text, device_name
+from dl.store import atomic_write, csv_text, device_name
 
 COLUMNS = ("section", "name", "value", "unit", "batch", "seq_len", "dtype", "repeats", "value_min", "value_max",
            "card", "torch", "transformers", "peft", "status", "reason")

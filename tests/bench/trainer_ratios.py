@@ -1,4 +1,4 @@
-"""Training the captioner: ``dl.captioner.training.train_captioner`` against transformers' ``Trainer`` on the same model, data and batches.
+"""Training the captioner: ``dl.captioner_train.train_captioner`` against transformers' ``Trainer`` on the same model, data and batches.
 
     python tests/bench/trainer_ratios.py ours|theirs        peak memory of a few steps, in a process of its own: bytes, on the last line
 """
@@ -22,8 +22,8 @@ from ratios import Pairs, Ratios, at_most, check_equal, torch_profile
 from recorder import GIB
 from torch import Tensor, nn
 
-from dl.captioner.captioner import IGNORED, LLMCaptioner
-from dl.captioner.training import BucketSampler, train_captioner
+from dl.captioner import IGNORED, LLMCaptioner
+from dl.captioner_train import BucketSampler, train_captioner
 from dl.config import CaptionerConfig, get_profile
 
 TIME_GOAL, MEMORY_GOAL = at_most(1), at_most(1)

@@ -99,7 +99,7 @@ class PreNorm(nn.Module):
 
 
 class Unet1D(nn.Module):
-    """Predicts x^0 from x^k and k; called as ``dl.bridge.network.BridgeNetwork`` is.
+    """Predicts x^0 from x^k and k; called as ``dl.bridge.BridgeNetwork`` is.
 
     Args:
         embed_dim: D, a multiple of 2^(number of multipliers - 1).

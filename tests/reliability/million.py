@@ -16,8 +16,8 @@ from ledger import peak_mb
 
 from dl.config import get_profile
 from dl.data import CAPTION_COLUMNS, Split, read_captions
-from dl.encoder import clap
-from dl.encoder.clap import embed_split
+from dl import clap
+from dl.clap import embed_split
 
 DIM = 256
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from test_captioning import tiny_language_model
 
-from dl.bridge.training import train_bridge
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioner.training import train_captioner
+from dl.train import train_bridge
+from dl.captioner import LLMCaptioner
+from dl.captioner_train import train_captioner
 from dl.config import BridgeConfig, CaptionerConfig, get_profile
 from dl.data import load_split
-from dl.encoder.clap import ClapEncoder, Embeddings
-from dl.metrics.bootstrap import make_draws, make_reference, score_system
+from dl.clap import ClapEncoder, Embeddings
+from dl.bootstrap import make_draws, make_reference, score_system
 
 CLIPS = 3
 

@@ -16,17 +16,18 @@ from test_bad_tables import audiocaps, rows
 from test_captioning import embeddings
 from test_pipeline import SETUP, ran, toy, write_notebook  # noqa: F401
 
-from dl import results
-from dl.bridge.training import train_bridge
-from dl.captioner import language_model
+from dl import store as results
+from dl.train import train_bridge
+from dl import captioner as language_model
 from dl.config import REPO, BridgeConfig, get_profile
 from dl.data import load_split
-from dl.encoder.clap import embed_split, load_embeddings
-from dl.metrics import captions, java
-from dl.metrics.captions import METRICS, score_captions
-from dl.pipeline import check
-from dl.pipeline.runner import run_stages
-from dl.results import MetricsFile, atomic_write
+from dl.clap import embed_split, load_embeddings
+from dl import caption_metrics as captions
+from dl import caption_metrics as java
+from dl.caption_metrics import METRICS, score_captions
+from dl import check
+from dl.run import run_stages
+from dl.store import MetricsFile, atomic_write
 
 ROW = {"experiment": "gap", "system": "raw", "split": "test", "seed": 0, "noise_seed": 0, "metric": "rmg", "value": 0.5, "n_items": 3}
 REMEDY = "free space on its disk or make its folder writable, or set DL_RESULTS to another"
@@ -92,7 +93,7 @@ def test_a_file_system_that_is_really_full(tmp_path, ledger):
 
 def test_a_limit_on_file_size(tmp_path, ledger):
     """``ulimit -f``, as a cluster's job may have it."""
-    code = ("import sys; from dl.results import atomic_write\n"
+    code = ("import sys; from dl.store import atomic_write\n"
             "try: atomic_write(sys.argv[1], 'x' * 400_000)\nexcept OSError as error: print(error)")
     with ledger.attempt("bad input", "disk full"):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.csv")], capture_output=True, text=True, check=True, cwd=REPO,

@@ -18,11 +18,11 @@ from ledger import nobody
 from test_caption_files import caption, wav
 from torch.nn.functional import normalize
 
-from dl.audio import AudioError, open_audio
-from dl.captioner import files
+from dl.data import AudioError, open_audio
+from dl import caption_files as files
 from dl.config import get_profile
 from dl.data import CAPTION_COLUMNS, load_split
-from dl.encoder.clap import embed_split
+from dl.clap import embed_split
 
 CUT = "copy or download it again"
 EXPORT = "export"

@@ -16,16 +16,16 @@ from test_captioning import data, embeddings
 from torch.nn.functional import normalize
 
 from dl.__main__ import main
-from dl.bridge.training import train_bridge
+from dl.train import train_bridge
 from dl.config import SPLITS, BridgeConfig, get_profile
 from dl.data import CAPTION_COLUMNS, load_split, read_captions, recording_files
-from dl.encoder import clap
-from dl.encoder.clap import Embeddings, embed_split, load_embeddings
+from dl import clap
+from dl.clap import Embeddings, embed_split, load_embeddings
 from dl.experiments import fit_system, score_table
-from dl.metrics.caption_runs import read_candidates, write_candidates
+from dl.caption_metrics import read_candidates, write_candidates
 from dl.peers import REGISTRY
-from dl.pipeline import check
-from dl.results import MetricsFile, RowFile
+from dl import check
+from dl.store import MetricsFile, RowFile
 
 HEADER = ",".join(CAPTION_COLUMNS)
 LONG = "a dog barks and " * 625

@@ -17,14 +17,14 @@ from test_bad_tables import audiocaps, rows
 from test_caption_files import DIM, caption, checkpoints, quick, wav  # noqa: F401
 from test_captioning import data, embeddings, language_model, profile  # noqa: F401
 
-from dl.bridge.network import DiffusionLink
-from dl.captioner.captioner import LLMCaptioner
-from dl.captioning import Row, caption_rows
+from dl.bridge import DiffusionLink
+from dl.captioner import LLMCaptioner
+from dl.experiments import Row, caption_rows
 from dl.config import BridgeConfig, get_profile
 from dl.data import load_split
-from dl.encoder import clap
-from dl.encoder.clap import ClapEncoder, embed_split, load_embeddings
-from dl.pipeline.stages import STAGES, Run
+from dl import clap
+from dl.clap import ClapEncoder, embed_split, load_embeddings
+from dl.run import STAGES, Run
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -145,7 +145,7 @@ def test_an_encoder_without_a_network(ledger, name):
 
 
 def test_a_language_model_without_a_network(ledger):
-    from dl.captioner.language_model import load_language_model
+    from dl.captioner import load_language_model
 
     with ledger.attempt("bad input", "no network"), pytest.raises(ValueError, match="neither a folder of one nor on the hub .*: check the name"):
         load_language_model("nobody/nothing")

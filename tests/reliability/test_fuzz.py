@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from test_captioning import tiny_language_model
 
 from dl.__main__ import literal
-from dl.bridge import checkpoint
-from dl.bridge.network import DiffusionLink
-from dl.captioner.captioner import LLMCaptioner
+from dl import store as checkpoint
+from dl.bridge import DiffusionLink
+from dl.captioner import LLMCaptioner
 from dl.config import REPO, BridgeConfig, CaptionerConfig
 from dl.data import CAPTION_COLUMNS, read_captions, read_table
-from dl.encoder import clap
-from dl.metrics.caption_runs import read_candidates, write_candidates
-from dl.results import RowFile, csv_text
+from dl import clap
+from dl.caption_metrics import read_candidates, write_candidates
+from dl.store import RowFile, csv_text
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 CELLS = TEXT | st.sampled_from(["", '"', ",", "\n", "\r", "=1+1", "<script>", "../../x", "\0", "🐕", "[]", "['a']", "NaN", "-inf", "1e999"])

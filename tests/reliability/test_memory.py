@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from test_bad_sounds import noise
 
-from dl.captioner.files import read_windows
+from dl.caption_files import read_windows
 from dl.config import REPO
 from dl.data import READ_S, read_audio
 

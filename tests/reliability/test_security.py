@@ -18,15 +18,15 @@ import pytest
 import torch
 from test_bad_weights import Hostile
 
-from dl import demo
+from dl import caption_files as demo
 from dl.config import REPO, get_profile
-from dl.encoder.laion import convert_laion_checkpoint
-from dl.metrics.caption_runs import markdown_text
+from dl.clap import convert_laion_checkpoint
+from dl.caption_metrics import markdown_text
 from dl.plots.listen import audio_player
 from dl.report.html import Section, page, render_markdown
 from dl.report.replication import SECTIONS, section, write_report
 from dl.report.tables import write_table1
-from dl.results import MetricsFile, markdown_table
+from dl.store import MetricsFile, markdown_table
 
 # -------------------------------------------------------------------------------------------------------- what code may not call
 FORBIDDEN = {
@@ -37,7 +37,7 @@ FORBIDDEN = {
 }
 FLAGS = {"shell": True, "trust_remote_code": True, "allow_pickle": True, "weights_only": False, "escape": False}
 # By design: a LAION checkpoint that its user names, with its sha256, after reading what it can do.
-ALLOWED = {("dl/encoder/laion.py", "weights_only=False"), ("dl/encoder/laion.py", "allow_pickle=True")}
+ALLOWED = {("dl/clap.py", "weights_only=False"), ("dl/clap.py", "allow_pickle=True")}
 
 
 def dotted(node: ast.expr) -> str:
@@ -104,12 +104,12 @@ def test_only_the_demo_listens_and_on_this_machine_alone(ledger):
     """One call of one module, when asked for by ``python -m dl demo``: on 127.0.0.1, neither shared nor seen by a tunnel."""
     with ledger.attempt("bad input", "open port"):
         found = {name: calls for name, source in sources().items() if (calls := listeners(source))}
-        assert list(found) == ["dl/demo.py"]
-        (_, package), (call, how) = sorted(found["dl/demo.py"])
+        assert list(found) == ["dl/caption_files.py"]
+        (_, package), (call, how) = sorted(found["dl/caption_files.py"])
         assert list(package) == ["gradio"] and call == "launch" and demo.HOST == "127.0.0.1"
         assert how["server_name"] == "HOST" and {how[name] for name in ("share", "pwa", "mcp_server", "enable_monitoring", "ssr_mode")} == {"False"}
         assert how["max_file_size"] == "LARGEST_MB * 2 ** 20" and demo.LARGEST_MB <= 100
-        assert "GRADIO_ANALYTICS_ENABLED': 'False'" in ast.unparse(ast.parse(sources()["dl/demo.py"]))
+        assert "GRADIO_ANALYTICS_ENABLED': 'False'" in ast.unparse(ast.parse(sources()["dl/caption_files.py"]))
 
 
 @pytest.mark.parametrize("source", ["app.launch(share=True)", "import socket", "from http.server import HTTPServer", "import gradio as g", "s.bind(('', 80))"])

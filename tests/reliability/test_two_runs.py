@@ -14,8 +14,8 @@ import pytest
 from test_pipeline import SETUP, ran, start, toy, wait_for, write_notebook  # noqa: F401
 
 from dl.config import REPO, get_profile
-from dl.pipeline.runner import run_stages
-from dl.results import RowFile
+from dl.run import run_stages
+from dl.store import RowFile
 
 
 def test_the_second_is_refused_and_the_lock_dies_with_its_process(toy, capsys, ledger):  # noqa: F811
@@ -50,8 +50,8 @@ RACE = """
 import sys, time
 from pathlib import Path
 from dl.config import get_profile
-from dl.pipeline.notebook import StageError
-from dl.pipeline.stages import Run
+from dl.run import StageError
+from dl.run import Run
 gate, name = Path(sys.argv[1]), sys.argv[2]
 run = Run(get_profile("smoke"))
 while not gate.exists():
@@ -83,7 +83,7 @@ def test_of_many_that_start_at_once_one_gets_in(tmp_path, results_root, ledger, 
 
 WRITER = """
 import sys
-from dl.results import RowFile
+from dl.store import RowFile
 for number in range(40):
     RowFile(sys.argv[1], ("writer", "number", "value"), ("writer", "number")).add([{"writer": sys.argv[2], "number": number, "value": "x" * 2000}])
 """

@@ -24,15 +24,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from dl.bridge import checkpoint
-from dl.bridge.training import seeded
-from dl.captioner import captioner as captioner_module
-from dl.captioner import language_model
-from dl.captioner.captioner import LLMCaptioner, check_embeddings, like, whole
-from dl.captioner.language_model import memory_advice
-from dl.config import CaptionerConfig
-from dl.precision import number_format
-from dl.results import atomic_write, csv_text
+from dl.captioner import LLMCaptioner, check_embeddings, like, memory_advice, whole
+from dl.config import CaptionerConfig, number_format
+from dl.store import atomic_write, csv_text, fingerprint, load_checkpoint, save_checkpoint
+from dl.train import seeded
 
 CHECKPOINT_EVERY = 50     # steps between two checkpoints
 HISTORY_ROWS = 50         # rows of a history, each the mean over the steps since the row before
@@ -40,8 +35,8 @@ TRAINING_ADVICE = ("in [paper.captioner] of your DL_SETTINGS file halve batch_si
                    'set gradient_checkpointing = true, or dtype = "4bit"; or share the weights between GPUs: configs/fsdp.yaml')
 BUCKETS = 50              # batches that are sorted by caption length together
 HISTORY_COLUMNS = ("step", "loss", "val_loss", "val_score", "lr")
-INFERENCE_FIELDS = ("num_beams", "max_new_tokens", "dtype")     # do not decide a fit (of dtype, what it stands for on this machine does)
-SOURCES = [Path(module.__file__) for module in (captioner_module, language_model)] + [Path(__file__)]   # code that decides a fit's result
+DECODING_FIELDS = ("num_beams", "max_new_tokens", "dtype")     # do not decide a fit (of dtype, what it stands for on this machine does)
+DECODER_RECIPE = 1        # goes up when the same settings and seed give other weights (tests/test_recipes.py)
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts
@@ -166,10 +161,10 @@ def train_captioner(
         raise ValueError(f"a batch of {sampler.batch_size} cannot be shared by {accelerator.num_processes} processes: raise batch_size")
     rank, world, accumulation = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
 
-    training = {name: value for name, value in asdict(config).items() if name not in INFERENCE_FIELDS}
+    training = {name: value for name, value in asdict(config).items() if name not in DECODING_FIELDS}
     watched = [validate is not None, list(val) if val else []] if config.patience else []
-    run = checkpoint.fingerprint(
-        config=training, seed=seed, data=[embeddings, captions], initial_weights=captioner.trainable_state(), code=SOURCES,
+    run = fingerprint(
+        config=training, seed=seed, data=[embeddings, captions], initial_weights=captioner.trainable_state(), recipe=DECODER_RECIPE,
         language_model=[captioner.revision, number_format(config.dtype)], stopping=watched)
 
     optimizer = torch.optim.AdamW((p for p in captioner.parameters() if p.requires_grad), config.learning_rate, weight_decay=config.weight_decay, fused=True)
@@ -178,7 +173,7 @@ def train_captioner(
     accelerator.gradient_accumulation_steps = accumulation
     state = {"processes": world, "step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
     best: dict[str, Tensor] = {}
-    if checkpoint_path is not None and (found := checkpoint.load_checkpoint(checkpoint_path, run)):
+    if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
         captioner.load_trainable_state(_part(tensors, "weights."))
         best = _part(tensors, "best.")
@@ -276,7 +271,7 @@ def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer,
         tensors |= {f"optimizer.{i}.{name}": whole(value) for i, slot in optimizer.state_dict()["state"].items() for name, value in slot.items()}
     if write:
         atomic_write(path.with_suffix(".csv"), csv_text(state["history"], HISTORY_COLUMNS))
-        checkpoint.save_checkpoint(path, tensors, state, run)
+        save_checkpoint(path, tensors, state, run)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

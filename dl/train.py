@@ -1,7 +1,7 @@
 """Training: an exponential moving average, a sampler of pairs, and one resumable loop for the bridge and its trained peers.
 
 ``fit`` is the loop; it knows a network and a function that gives a step's losses, nothing of audio or text. ``train_bridge``
-hands it the bridge's losses; ``dl.peers.trained`` hands it those of the peers.
+hands it the bridge's losses; ``dl.peers`` hands it those of the peers.
 
 Marks: [paper], (paper~) read in a summary of the paper, [SEED], [ours], as in ``dl.config``.
 """
@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dl.bridge import checkpoint, losses, scheduler
-from dl.bridge import network as bridge
-from dl.bridge.losses import bridge_losses
-from dl.bridge.network import INFERENCE_FIELDS, DiffusionLink, unit_rows
+from dl.bridge import INFERENCE_FIELDS, DiffusionLink, bridge_losses, unit_rows
 from dl.config import BridgeConfig
+from dl.store import fingerprint, load_checkpoint, save_checkpoint
 
 CHECKPOINT_EVERY = 200  # steps between two checkpoints of a fit
 HISTORY_ROWS = 50  # rows of a training history, each the mean over the steps since the row before
-SOURCES = [Path(module.__file__) for module in (bridge, scheduler, losses)] + [Path(__file__)]  # code that decides a fit's result
+BRIDGE_RECIPE = 1  # goes up when the same settings and seed give other weights (tests/test_recipes.py)
 
 LossFn = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 Callback = Callable[[int, dict[str, float]], None]
@@ -124,7 +122,7 @@ def fit(
         loss_fn: (network, generator) -> the losses of one batch, () float each; "loss" is the one that is minimised.
         config: learning_rate, weight_decay, lr_schedule, train_steps, grad_clip (0: off), ema_decay.
         seed: of the generator.
-        identity: what else decides the result (data, recipe), as ``checkpoint.fingerprint`` takes it.
+        identity: what else decides the result (data, recipe), as ``dl.store.fingerprint`` takes it.
         checkpoint_path: a safetensors file; None keeps nothing.
         checkpoint_every: steps between two checkpoints.
         validate: (network with the EMA weights) -> a pair cosine on val, at each row of the history.
@@ -148,8 +146,8 @@ def fit(
 
     training = {name: value for name, value in asdict(config).items() if name not in INFERENCE_FIELDS}
     shapes = [[name, list(parameter.shape)] for name, parameter in network.named_parameters()]
-    run = checkpoint.fingerprint(config=[training, betas], seed=seed, network=shapes, code=SOURCES, **(identity or {}))
-    if checkpoint_path is not None and (found := checkpoint.load_checkpoint(checkpoint_path, run)):
+    run = fingerprint(config=[training, betas], seed=seed, network=shapes, recipe=BRIDGE_RECIPE, **(identity or {}))
+    if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
         done, history, totals, since = state["step"], state["history"], state["totals"], state["since"]
         _load(ema.network, tensors, "ema.")
@@ -198,7 +196,7 @@ def fit(
                     tensors |= {f"optimizer.{i}.{name}": value for i, slot in slots.items() for name, value in slot.items()}
                     tensors["generator"] = generator.get_state()
                 state = {"step": done, "history": history, "totals": totals, "since": since}
-                checkpoint.save_checkpoint(checkpoint_path, tensors, state, run)
+                save_checkpoint(checkpoint_path, tensors, state, run)
             if callback is not None:
                 callback(done, values)
 
@@ -272,7 +270,7 @@ def train_bridge(
         clips, captions = sampler.draw(config.batch_size, generator)
         return bridge_losses(network, link.scheduler, x_audio[clips], x_text[captions], config, generator)
 
-    identity: dict[str, object] = {"recipe": "bridge", "data": [audio, text, text_clip]}
+    identity: dict[str, object] = {"system": "bridge", "data": [audio, text, text_clip]}
     validate = None
     if val is not None:
         probe, val_text = copy.deepcopy(link), unit_rows(val[1], audio.shape[1], "val text")

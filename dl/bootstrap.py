@@ -20,12 +20,11 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dl.metrics.gap import HEAVY, GapFunction, Reference, gap_functions, median_bandwidth, not_computed_reason
-from dl.metrics.neighbours import weighted_mean
-from dl.peers.base import centre
+from dl.gap import HEAVY, GapFunction, Reference, gap_functions, median_bandwidth, not_computed_reason, weighted_mean
+from dl.peers import centre
 
 if TYPE_CHECKING:
-    from dl.encoder.clap import Embeddings
+    from dl.clap import Embeddings
 
 HEAVY_SAMPLES = 200   # [ours] replicates of the metrics that need an eigen-decomposition each; recordings only, no clip bootstrap
 
@@ -151,7 +150,7 @@ def score_system(system: str, mapped: list[tuple[int, int, ArrayLike]], referenc
         reference: the split's texts.
         draws: replicates, the same object for systems that will be compared.
         mask: (n,) bool, the clips that count (a subset such as the seen ones); the gallery stays whole.
-        heavy_samples: replicates of ``dl.metrics.gap.HEAVY`` metrics, whose clip interval stays blank; 0 leaves both blank.
+        heavy_samples: replicates of ``dl.gap.HEAVY`` metrics, whose clip interval stays blank; 0 leaves both blank.
 
     Example:
         >>> draws = make_draws(split.clusters)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dl import audiocaps
 from dl.config import REPO, SPLITS, Profile
 
 SPACE_GB = {"smoke": 1, "mini": 2, "paper": 20}      # free space a run needs after the install, 10^9 bytes
@@ -60,12 +59,16 @@ def data(profile: Profile) -> str:
         recordings = [folder / "recordings" / row["file"] for row in csv.DictReader(file)]
     if lost := [path for path in recordings if not path.is_file()]:
         raise Missing(f"{len(lost)} of {len(recordings)} recordings, the first is {lost[0].name}: git checkout -- {where}")
+    from dl import data as audiocaps
+
     scenes = ", ".join(f"{split} {len(audiocaps.count_rows(folder / f'{split}.csv')[1])}" for split in SPLITS)
     return f"{where}: {len(recordings)} recordings, {scenes} scenes"
 
 
 def _audiocaps(data_dir: Path, where: str) -> str:
     """AudioCaps: its version, the clips on disk, and every difference from the official counts."""
+    from dl import data as audiocaps
+
     folder = audiocaps.find_audiocaps(data_dir)
     todo = (f"\n        get:     {audiocaps.GET.format(folder=where)}\n        size:    {audiocaps.SIZE}\n        licence: {audiocaps.LICENCE}")
     if absent := [f"{split}.csv" for split in SPLITS if not folder.csv(split).is_file()]:
@@ -108,7 +111,7 @@ def encoder(profile: Profile) -> str:
             raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
         return f"{name}, through transformers"
     if not _cached(name):
-        from dl.encoder.clap import ENCODERS
+        from dl.clap import ENCODERS
 
         if name in ENCODERS:
             return f"{name}, {ENCODERS[name][0]}"
@@ -188,7 +191,7 @@ def language_model(profile: Profile) -> str:
 def java(profile: Profile) -> str:
     """The Java that METEOR and the PTB tokenizer run on, and whether SPICE can."""
     try:
-        from dl.metrics.java import JavaError, find_java, spice_reason
+        from dl.caption_metrics import JavaError, find_java, spice_reason
     except ImportError as error:
         raise Missing(f"{error.name}: run ./run_all.sh, which installs the pins into .venv") from None
     try:

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dl import data
-from dl.precision import resolve_dtype
+from dl.config import resolve_dtype
+from dl.data import SAMPLING_RATE as CLIP_RATE
 
 SAMPLING_RATE = 16_000                               # Hz [peer: YAMNet], as the next five
 WINDOW, HOP, N_FFT = 400, 160, 512                   # samples: 25 ms, 10 ms, and the transform's length
@@ -193,7 +193,7 @@ class MiniClap(nn.Module, PyTorchModelHubMixin):
 class MiniClapBackend:
     """The shipped mini-CLAP behind the backends' interface: batch norms folded, convolutions in bfloat16 where that is the faster format."""
 
-    sampling_rate = data.SAMPLING_RATE
+    sampling_rate = CLIP_RATE
 
     def __init__(self, model: MiniClap, weights_sha256: str, device: str, dtype: str = "auto") -> None:
         self.model, self.weights_sha256, self.device, self.embed_dim = model.eval().to(device), weights_sha256, device, model.embed_dim

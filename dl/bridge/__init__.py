@@ -1,1 +1,0 @@
-"""Diffusion-Link itself: ``scheduler`` noises and denoises, ``network`` is the bridge, ``losses`` and ``training`` teach it."""

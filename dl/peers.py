@@ -1,0 +1,669 @@
+"""What every peer offers, and the way into and out of the centred text space.
+
+A *centred* peer (C3, Diffusion Bridge) answers in the space where a text reads norm(t - mean_t). ``space="centred"`` gives that
+answer, ``space="text"`` (the main row) takes it back by ``uncentre``. Notation: norm(x) = x / ||x||, mean_a and mean_t are the
+means of the training audio and text vectors; a clip counts once in mean_a, a caption once in mean_t.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, normalize
+
+from dl.bridge import INFERENCE_FIELDS, BridgeNetwork, DiffusionLink, combined_losses, unit_rows
+from dl.config import BridgeConfig
+from dl.scheduler import DDIMScheduler, ddim_sample, standard_normal
+from dl.train import LossFn, PairSampler, fit, seeded, train_bridge
+
+PEERS_RECIPE = 1      # goes up when a system gives other vectors from the same data (tests/test_recipes.py)
+
+
+def centre(embeddings: Tensor, mean: Tensor) -> Tensor:
+    """Into the centred space of a modality: norm(e - mean). (B, D), (D,) -> (B, D) float32 unit norm. [peer: C3]"""
+    return normalize(embeddings.double() - mean.double(), dim=-1).float()
+
+
+def uncentre(centred_emb: Tensor, text_mean: Tensor, text_radius: float) -> Tensor:
+    """Back from the centred text space: norm(mean_t + r_t u), r_t = sqrt(mean ||t - mean_t||^2) over training captions.
+
+    Centring divides every text by its own distance to mean_t; r_t, their root mean square, is put back for all, so that the
+    answer stands among the texts instead of outside them. [ours: the peers decode in the centred space and need no way back]
+    (B, D), (D,) -> (B, D) float32 unit norm.
+    """
+    return normalize(text_mean.double() + text_radius * centred_emb.double(), dim=-1).float()
+
+
+class Peer:
+    """What every peer offers: ``fit`` on the training split, then a call that maps audio vectors; here the identity.
+
+    Attributes:
+        uses_pairs: whether ``fit`` looks at which caption belongs to which clip.
+        uses_memory: whether training captions are kept and read at test time.
+        trained: whether gradient steps were taken.
+        stochastic: whether the answer depends on ``noise_seed``.
+        centred: whether the method answers in the centred text space.
+        decoder_noise_variance: variance v of the N(0, v I) noise on the text vectors that train the method's caption decoder.
+        fitted: names of the tensors that the map keeps, a memory apart.
+        source: where the recipe comes from.
+    """
+
+    uses_pairs = False
+    uses_memory = False
+    trained = False
+    stochastic = False
+    centred = False
+    decoder_noise_variance = 0.0
+    fitted: tuple[str, ...] = ()
+    source = ""
+    audio_mean: Tensor
+    text_mean: Tensor
+    text_radius: float
+
+    def fit(self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0, **context: Any) -> Peer:
+        """Take what the method needs from the training split.
+
+        Args:
+            audio: (n, D) float32 unit norm, one row a clip.
+            text: (m, D) float32 unit norm, one row a caption.
+            text_clip: (m,) int64, the row of ``audio`` that a caption belongs to.
+            seed: not used by a closed form.
+            context: not used by a closed form.
+
+        Returns:
+            The peer itself.
+        """
+        self.audio_mean = audio.double().mean(0)
+        self.text_mean = text.double().mean(0)
+        self.text_radius = float((text.double() - self.text_mean).square().sum(1).mean().sqrt())
+        self._fit(audio.double(), text.double(), text_clip)
+        return self
+
+    def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
+        """What the method adds to the two means; (n, D) and (m, D) float64."""
+
+    def _map(self, audio: Tensor) -> Tensor:
+        """The map before its last normalisation; (B, D) float64 -> (B, D) float64."""
+        return audio
+
+    def set_inference(self, **values: Any) -> Peer:
+        """Change how a fitted peer is called (k*, n, add_noise); a closed form has nothing to change.
+
+        Raises:
+            ValueError: the method has no such setting.
+        """
+        if values:
+            raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(values))}: only trained peers change at a call")
+        return self
+
+    def __call__(self, audio_emb: Tensor, noise_seed: int = 0, space: str = "text") -> Tensor:
+        """Map audio vectors.
+
+        Args:
+            audio_emb: (B, D) float32 unit norm.
+            noise_seed: not used by a closed form.
+            space: "text", or for a centred peer "centred".
+
+        Returns:
+            (B, D) float32 unit norm, on the device of ``audio_emb``.
+
+        Raises:
+            ValueError: the method does not answer in that space.
+        """
+        if space not in (("text", "centred") if self.centred else ("text",)):
+            raise ValueError(f"{type(self).__name__} does not answer in space {space!r}: use space='text'")
+        answer = normalize(self._map(audio_emb.double().cpu()), dim=-1).float()
+        if self.centred and space == "text":
+            answer = uncentre(answer, self.text_mean, self.text_radius)
+        return answer.to(audio_emb.device)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many fitted numbers the map keeps, a memory apart (the tensors that ``fitted`` names)."""
+        return sum(getattr(self, name).numel() for name in self.fitted)
+
+
+
+
+# ----------------------------------------------------------------------------------------------------
+# Peers with a closed form: maps from audio vectors towards text vectors that need no gradient step.
+
+
+class Raw(Peer):
+    """a as it is: the gap that every other row starts from."""
+
+    source = "the frozen encoder"
+
+
+class MeanShift(Peer):
+    """norm(a + mean_t - mean_a)."""
+
+    fitted = ("audio_mean", "text_mean")
+    source = "Liang et al., NeurIPS 2022 (Mind the Gap)"
+
+    def _map(self, audio: Tensor) -> Tensor:
+        return audio + (self.text_mean - self.audio_mean)
+
+
+class C3(Peer):
+    """norm(a - mean_a), against texts centred alike; the decoder is trained on noisy centred texts.
+
+    Args:
+        noise_variance: v of the decoder's N(0, v I); 0.016 as published for CLIP, to be tuned anew for CLAP.
+    """
+
+    centred = True
+    fitted = ("audio_mean", "text_mean")
+    source = "Zhang et al., ICLR 2024 (Connect, Collapse, Corrupt)"
+
+    def __init__(self, noise_variance: float = 0.016) -> None:
+        self.decoder_noise_variance = noise_variance
+
+    def _map(self, audio: Tensor) -> Tensor:
+        return audio - self.audio_mean
+
+
+class CapDec(Peer):
+    """a as it is at test time: the decoder alone was made robust, trained on norm(t + N(0, v I)); its gap equals raw's.
+
+    Args:
+        noise_variance: v; 0.016 as published for CLIP.
+    """
+
+    source = "Nukrai et al., EMNLP Findings 2022 (CapDec)"
+
+    def __init__(self, noise_variance: float = 0.016) -> None:
+        self.decoder_noise_variance = noise_variance
+
+
+class ReAlign(Peer):
+    """e = norm((a - mean_a) sqrt(tr_t / tr_a) + mean_t), then norm(e - mean_e + mean_t); tr is the mean squared distance to the mean.
+
+    mean_e is the mean of e over the training clips: normalising moves the centroid, the last step takes it back.
+    """
+
+    fitted = ("audio_mean", "text_mean", "drift")
+    source = "ReAlign, arXiv 2602.07026"
+
+    def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
+        spread = (audio - self.audio_mean).square().sum(1).mean().sqrt()
+        self.gain = self.text_radius / float(spread.clamp_min(1e-12))
+        self.drift = self.text_mean - self._scaled(audio).mean(0)
+
+    def _scaled(self, audio: Tensor) -> Tensor:
+        return normalize((audio - self.audio_mean) * self.gain + self.text_mean, dim=-1)
+
+    def _map(self, audio: Tensor) -> Tensor:
+        return self._scaled(audio) + self.drift
+
+
+class Linear(Peer):
+    """A linear map between the centred modalities: norm(mean_t + (a - mean_a) M); ``_fit`` finds M, (D, D)."""
+
+    fitted: tuple[str, ...] = ("audio_mean", "text_mean", "matrix")
+    matrix: Tensor
+
+    def _map(self, audio: Tensor) -> Tensor:
+        return self.text_mean + (audio - self.audio_mean) @ self.matrix
+
+    def _pairs(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> tuple[Tensor, Tensor]:
+        """Every (clip, caption) pair about its own mean: A, T (m, D) each."""
+        paired_audio = audio[text_clip]
+        self.audio_mean = paired_audio.mean(0)
+        return paired_audio - self.audio_mean, text - self.text_mean
+
+
+class WhiteningColouring(Linear):
+    """norm(mean_t + C_t^(1/2) C_a^(-1/2) (a - mean_a)): the second moments of text, without looking at pairs.
+
+    Args:
+        shrinkage: s of C <- (1 - s) C + s (tr C / D) I, in 0..1, the same for both modalities. [ours]
+    """
+
+    source = "whitening and colouring, as CORAL (Sun et al., AAAI 2016)"
+
+    def __init__(self, shrinkage: float = 0.1) -> None:
+        self.shrinkage = shrinkage
+
+    def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
+        self.matrix = self._power(audio - self.audio_mean, -0.5) @ self._power(text - self.text_mean, 0.5)
+
+    def _power(self, centred: Tensor, exponent: float) -> Tensor:
+        covariance = centred.T @ centred / len(centred)
+        values, vectors = torch.linalg.eigh(covariance)
+        values = (1 - self.shrinkage) * values.clamp_min(0) + self.shrinkage * values.mean()
+        return vectors * values.clamp_min(1e-12).pow(exponent) @ vectors.T
+
+
+class Memory(Peer):
+    """Answers made of the training captions M, (m, D), which are kept; ``_read`` turns the cosines a M^T into an answer."""
+
+    uses_memory = True
+
+    def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
+        self.memory = text.float()
+
+    def _read(self, cosines: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _map(self, audio: Tensor) -> Tensor:
+        return torch.cat([self._read(rows @ self.memory.T) for rows in audio.float().split(256)])
+
+
+class Projection(Memory):
+    """w = softmax(scale a M^T) over the training captions M, answer norm(w M).
+
+    Args:
+        scale: inverse temperature; 100 as published.
+    """
+
+    source = "projection decoding: DeCap (ICLR 2023), WSAC, DRCap"
+
+    def __init__(self, scale: float = 100.0) -> None:
+        self.scale = scale
+
+    def _read(self, cosines: Tensor) -> Tensor:
+        return torch.softmax(self.scale * cosines, dim=1) @ self.memory
+
+
+class NearestText(Memory):
+    """The training caption with the highest cosine: the argmax row of a M^T."""
+
+    source = "nearest neighbour among the training captions"
+
+    def _read(self, cosines: Tensor) -> Tensor:
+        return self.memory[cosines.argmax(1)]
+
+
+class Procrustes(Linear):
+    """norm(mean_t + (a - mean_a) R), R = U V^T from the SVD U S V^T = A^T T: the best rotation or reflection.
+
+    [ours: centred, without a scale]
+    """
+
+    uses_pairs = True
+    source = "orthogonal Procrustes (Schoenemann, 1966)"
+
+    def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
+        a, t = self._pairs(audio, text, text_clip)
+        u, _, vh = torch.linalg.svd(a.T @ t)
+        self.matrix = u @ vh
+
+
+class Ridge(Linear):
+    """norm(mean_t + (a - mean_a) M), M = (A^T A + lambda I)^-1 A^T T, lambda = alpha tr(A^T A) / D.
+
+    The intercept is not penalised (it is what centring does).
+
+    Args:
+        alpha: penalty as a share of the mean eigenvalue of A^T A, so that it does not depend on how many pairs there are. [ours]
+    """
+
+    uses_pairs = True
+    source = "ridge regression"
+
+    def __init__(self, alpha: float = 0.1) -> None:
+        self.alpha = alpha
+
+    def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
+        a, t = self._pairs(audio, text, text_clip)
+        gram = a.T @ a
+        self.penalty = self.alpha * float(gram.diagonal().mean()) or 1.0      # all sounds alike: A is 0, and so is M, whatever lambda
+        self.matrix = torch.linalg.solve(gram + self.penalty * torch.eye(len(gram), dtype=gram.dtype), a.T @ t)
+
+
+class PLSHead(Linear):
+    """PLS-SVD: U S V^T = T^T A, keep k directions; norm(mean_t + U_k V_k^T (a - mean_a)).
+
+    Audio's scores on its k shared directions are read as text's scores on theirs. [ours: the way back into the text space]
+
+    Args:
+        num_directions: k; 100 as published, at most D.
+    """
+
+    uses_pairs = True
+    fitted = ("audio_mean", "text_mean", "audio_directions", "text_directions")
+    source = "PLSHead-100 (COMET, arXiv 2605.29628)"
+
+    def __init__(self, num_directions: int = 100) -> None:
+        self.num_directions = num_directions
+
+    def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
+        a, t = self._pairs(audio, text, text_clip)
+        u, _, vh = torch.linalg.svd(t.T @ a)
+        k = min(self.num_directions, len(u))
+        self.audio_directions, self.text_directions = vh[:k].T, u[:, :k]
+
+    def _map(self, audio: Tensor) -> Tensor:
+        return self.text_mean + (audio - self.audio_mean) @ self.audio_directions @ self.text_directions.T
+
+
+
+
+# ----------------------------------------------------------------------------------------------------
+# Peers that take gradient steps: Diffusion-Link itself, its controls without noise, and the other diffusion methods.
+
+
+class TrainedPeer(Peer):
+    """What the trained peers share: hyper-parameters, a resumable fit, a seeded call.
+
+    A method adds :meth:`loss_fn` and :meth:`_bridge`.
+
+    Args:
+        hyper_parameters: fields of ``BridgeConfig``; what is not given comes from the class's ``defaults``.
+
+    Attributes:
+        config: the hyper-parameters in force.
+        network: the fitted network, EMA weights.
+        history: the training history, one row for each of at most about 50 points (see ``dl.train.fit``).
+
+    Raises:
+        TypeError: a hyper-parameter that BridgeConfig does not have.
+    """
+
+    uses_pairs = True
+    trained = True
+    stochastic = True
+    defaults = BridgeConfig()
+    betas = (0.9, 0.999)
+    network: nn.Module
+    history: pd.DataFrame
+
+    def __init__(self, **hyper_parameters: Any) -> None:
+        self.config = replace(self.defaults, **hyper_parameters)
+
+    def set_inference(self, **values: Any) -> TrainedPeer:
+        """Change start_timestep, num_inference_steps or add_noise; the fit stays.
+
+        Raises:
+            ValueError: another hyper-parameter, which would need a new fit.
+        """
+        if other := sorted(set(values) - set(INFERENCE_FIELDS)):
+            raise ValueError(f"{', '.join(other)} cannot change after the fit: only {', '.join(INFERENCE_FIELDS)} can")
+        self.config = replace(self.config, **values)
+        return self
+
+    def fit(
+        self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0,
+        checkpoint_path: str | Path | None = None, progress: bool = False, **context: Any,
+    ) -> TrainedPeer:
+        """Train on the training split.
+
+        Args:
+            audio, text, text_clip: (n, D), (m, D), (m,), as for every peer.
+            seed: training seed.
+            checkpoint_path: where the fit is kept and resumed from (see ``dl.train.fit``).
+            progress: show a progress bar.
+            context: ``val``, a pair of (v, D) tensors, for the bridge's history; else not used.
+
+        Returns:
+            The peer itself.
+        """
+        audio = unit_rows(audio, None, "audio")
+        text = unit_rows(text, audio.shape[1], "text")
+        super().fit(audio, text, text_clip)
+        self._train(audio, text, text_clip, seed, checkpoint_path, progress, context)
+        return self
+
+    def _train(
+        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
+    ) -> None:
+        """Set ``network`` and ``history``."""
+        config, embed_dim = self.config, audio.shape[1]
+        with seeded(seed, audio.device):
+            network = BridgeNetwork(embed_dim, config.num_blocks, config.width_factor, config.dropout, self.condition_dim(embed_dim))
+        self.network = network.to(audio.device)
+        self.scheduler = DDIMScheduler(config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule)
+        self.history = fit(
+            self.network, self.loss_fn(audio, text, text_clip), config, seed=seed, checkpoint_path=checkpoint_path,
+            identity={"system": [type(self).__name__, PEERS_RECIPE], "data": [audio, text, text_clip]}, progress=progress, betas=self.betas,
+        )
+
+    def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
+        """The function that draws a batch of (n, D), (m, D), (m,) and computes its losses."""
+        raise NotImplementedError
+
+    def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
+        """The map (B, D) -> (B, D) float32, unit norm in and out."""
+        raise NotImplementedError
+
+    def condition_dim(self, embed_dim: int) -> int:
+        """Width of the vector that the network takes beside the sample; 0 for none."""
+        return 0
+
+    def __call__(self, audio_emb: Tensor, noise_seed: int = 0, space: str = "text") -> Tensor:
+        """Map audio vectors, as every peer does; ``noise_seed`` is that of the noise added at test time, if any.
+
+        Raises:
+            ValueError: the method does not answer in that space, or the embeddings do not fit.
+        """
+        if space not in (("text", "centred") if self.centred else ("text",)):
+            raise ValueError(f"{type(self).__name__} does not answer in space {space!r}: use space='text'")
+        audio = unit_rows(audio_emb, self.network.embed_dim, "audio_emb").to(next(self.network.parameters()).device)
+        with torch.no_grad():
+            answer = self._bridge(audio, torch.Generator().manual_seed(noise_seed))
+        return self._into(space, answer).to(audio_emb.device)
+
+    def _into(self, space: str, answer: Tensor) -> Tensor:
+        """The answer in the space asked for."""
+        return uncentre(answer.cpu(), self.text_mean.cpu(), self.text_radius) if self.centred and space == "text" else answer
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the network, and the means where the map uses them."""
+        return super().num_parameters + sum(parameter.numel() for parameter in self.network.parameters())
+
+
+class DiffusionLinkPeer(TrainedPeer):
+    """Diffusion-Link, method section by section in ``dl.bridge`` and ``dl.train``; one step unless told otherwise."""
+
+    source = "Nam et al. 2025 (Diffusion-Link, arXiv 2510.11330), as far as it is known"
+    link: DiffusionLink
+
+    def _train(
+        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
+    ) -> None:
+        self.link, self.history = train_bridge(
+            self.config, audio, text, text_clip, seed=seed, checkpoint_path=checkpoint_path, progress=progress, val=context.get("val"),
+        )
+        self.network = self.link.network
+
+    def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
+        config = self.config
+        return self.link(audio, config.start_timestep, config.num_inference_steps, config.add_noise, generator)
+
+
+class DiffusionLinkDDIM(DiffusionLinkPeer):
+    """Diffusion-Link sampled in several DDIM steps; the training is the same, so the checkpoint may be shared."""
+
+    defaults = BridgeConfig(num_inference_steps=5)
+
+
+class SeedSetting(DiffusionLinkPeer):
+    """Our network in SEED's setting: lambda = 0, k* = 50, one step."""
+
+    defaults = BridgeConfig(topology_weight=0.0, start_timestep=50, num_inference_steps=1)
+    source = "Nam et al., Interspeech 2025 (SEED, arXiv 2505.16798), its loss and start step on our network"
+
+
+class TextToAudio(DiffusionLinkPeer):
+    """The opposite direction: a second network, the roles of audio and text swapped; a call takes text vectors."""
+
+    source = "Diffusion-Link's recipe, roles swapped"
+
+    def _train(
+        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
+    ) -> None:
+        context = {**context, "val": context["val"][::-1]} if context.get("val") else context
+        rows = torch.arange(len(text))
+        super()._train(text, audio[text_clip.to(audio.device)], rows, seed, checkpoint_path, progress, context)
+
+
+class RegressionMLP(TrainedPeer):
+    """The bridge's network as plain regression, audio to text: k = 0 and no noise, in training and at test. [ours: a control]
+
+    It tells how much of the bridge's gain needs diffusion at all. The text rows of the bridge's batch are left out.
+    """
+
+    stochastic = False
+    defaults = BridgeConfig(topology_weight=0.0, self_weight=0.0, start_timestep=0, num_inference_steps=1, add_noise=False)
+    source = "control: the bridge's network without noise"
+
+    def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
+        sampler, scale = PairSampler(text_clip, len(audio)), audio.shape[1] ** 0.5
+        x_audio, x_text, level = scale * audio, scale * text, torch.tensor(0)
+
+        def losses(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+            clips, captions = sampler.draw(self.config.batch_size, generator)
+            return combined_losses(network(x_audio[clips], level), None, x_text[captions], self.config)
+
+        return losses
+
+    def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
+        return normalize(self.network(audio.shape[1] ** 0.5 * audio, torch.tensor(0)), dim=-1)
+
+
+class RegressionMLPTopology(RegressionMLP):
+    """The regression control with the bridge's topology loss. [ours: a control]"""
+
+    defaults = replace(RegressionMLP.defaults, topology_weight=1.0)
+    source = "control: the bridge's network without noise, with L_topo"
+
+
+class ConditionalDiffusion(TrainedPeer):
+    """f(x^k, k, a): only the text vector is noised and the audio vector is a condition; sampling starts from pure noise.
+
+    Loss: L1 between f and x_t. At test: x^{k*} = eps with k* = T - 1, then n DDIM steps [peer: 10 to 50].
+    """
+
+    defaults = BridgeConfig(topology_weight=0.0, self_weight=0.0, start_timestep=999, num_inference_steps=10)
+    source = "after DiffGAP (arXiv 2503.12131) and the DALL-E 2 prior; its own hyper-parameters are unknown"
+
+    def condition_dim(self, embed_dim: int) -> int:
+        return embed_dim
+
+    def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
+        sampler, scale = PairSampler(text_clip, len(audio)), audio.shape[1] ** 0.5
+        x_audio, x_text = scale * audio, scale * text
+
+        def losses(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+            clips, captions = sampler.draw(self.config.batch_size, generator)
+            x, noise, timesteps = _noise(x_text[captions], self.scheduler, generator)
+            prediction = network(self.scheduler.add_noise(x, noise, timesteps), timesteps, x_audio[clips])
+            return combined_losses(prediction, None, x, self.config)
+
+        return losses
+
+    def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
+        x_audio = audio.shape[1] ** 0.5 * audio
+        timesteps = self.scheduler.inference_timesteps(self.config.start_timestep, self.config.num_inference_steps)
+        noise = standard_normal(audio.shape, generator, audio.device)
+        sample = ddim_sample(lambda sample, timestep: self.network(sample, timestep, x_audio), self.scheduler, noise, timesteps)
+        return normalize(sample, dim=-1)
+
+
+class DiffusionBridge(TrainedPeer):
+    """A text-only DDPM; the audio vector enters its reverse chain half-way, without added noise.
+
+    u = 5 norm(norm(e) - mean of its modality). Training: x0 prediction, mean squared error weighted by abar_k / (1 - abar_k), cosine
+    betas; the noised vector is renormalised to norm 5 before the network, in training and in sampling. Test: u of the audio vector
+    enters at k* = 600, 5 DDIM steps, normalise. Published: Adam, lr 8e-5, betas (.9, .99), batch 64, EMA .995, a 1-D U-Net, 3 M steps.
+    Ours: our network, far fewer steps, the EMA updated at every step and our spacing of the 5 levels.
+    """
+
+    uses_pairs = False
+    stochastic = False
+    centred = True
+    fitted = ("audio_mean", "text_mean")
+    defaults = BridgeConfig(
+        beta_schedule="squaredcos_cap_v2", loss="l2", topology_weight=0.0, self_weight=0.0, dropout=0.0, learning_rate=8e-5,
+        weight_decay=0.0, lr_schedule="constant", batch_size=64, ema_decay=0.995, start_timestep=600, num_inference_steps=5, add_noise=False,
+    )
+    betas = (0.9, 0.99)
+    norm = 5.0
+    source = "Lee et al., CVPR 2025 (Diffusion Bridge); our network replaces its U-Net, and the training is shorter"
+
+    def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
+        clean = self.norm * centre(text, self.text_mean)
+
+        def losses(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+            captions = torch.randint(len(clean), (self.config.batch_size,), generator=generator)
+            x, noise, timesteps = _noise(clean[captions], self.scheduler, generator)
+            prediction = network(self._project(self.scheduler.add_noise(x, noise, timesteps)), timesteps)
+            errors = mse_loss(prediction, x, reduction="none").mean(dim=1)
+            return {"loss": (self.scheduler.snr(timesteps) * errors).mean(), "loss_unweighted": errors.mean()}
+
+        return losses
+
+    def _project(self, sample: Tensor) -> Tensor:
+        return self.norm * normalize(sample, dim=-1)
+
+    def _reverse(self, centred_emb: Tensor, start_timestep: int) -> Tensor:
+        timesteps = self.scheduler.inference_timesteps(start_timestep, self.config.num_inference_steps)
+        sample = ddim_sample(self.network, self.scheduler, self.norm * centred_emb, timesteps, project=self._project)
+        return normalize(sample, dim=-1)
+
+    def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
+        return self._reverse(centre(audio, self.audio_mean), self.config.start_timestep)
+
+    @torch.no_grad()
+    def map_text(self, text_emb: Tensor, start_timestep: int = 400, space: str = "centred") -> Tensor:
+        """The chain that the texts which train its caption decoder pass through; (B, D) -> (B, D) float32 unit norm. [peer]"""
+        text = unit_rows(text_emb, self.network.embed_dim, "text_emb").to(next(self.network.parameters()).device)
+        answer = self._reverse(centre(text, self.text_mean), start_timestep)
+        return self._into(space, answer).to(text_emb.device)
+
+
+def _noise(x: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, D) with its noise eps (B, D) and its level k (B,), uniform in 0..T-1."""
+    timesteps = torch.randint(scheduler.num_train_timesteps, (len(x),), generator=generator).to(x.device)
+    return x, standard_normal(x.shape, generator, x.device), timesteps
+
+
+TRAINED: dict[str, type[TrainedPeer]] = {
+    "regression_mlp": RegressionMLP,
+    "regression_mlp_topology": RegressionMLPTopology,
+    "diffusion_bridge": DiffusionBridge,
+    "conditional_diffusion": ConditionalDiffusion,
+    "seed": SeedSetting,
+    "diffusion_link": DiffusionLinkPeer,
+    "diffusion_link_ddim": DiffusionLinkDDIM,
+    "text_to_audio": TextToAudio,
+}
+
+
+
+
+# ----------------------------------------------------------------------------------------------------
+# Every system that maps an audio vector towards text, by its name in Table 1.
+
+
+REGISTRY: dict[str, type[Peer]] = {
+    "raw": Raw,
+    "mean_shift": MeanShift,
+    "c3": C3,
+    "capdec": CapDec,
+    "realign": ReAlign,
+    "whitening_colouring": WhiteningColouring,
+    "projection": Projection,
+    "nearest_text": NearestText,
+    "procrustes": Procrustes,
+    "ridge": Ridge,
+    "pls_head": PLSHead,
+    **TRAINED,
+}
+
+
+def build(name: str, **hyper_parameters: Any) -> Peer:
+    """Make the system called ``name``, unfitted.
+
+    Raises:
+        ValueError: no system has that name; the known ones are listed.
+    """
+    if name not in REGISTRY:
+        raise ValueError(f"unknown system {name!r}: choose one of {', '.join(REGISTRY)}")
+    return REGISTRY[name](**hyper_parameters)

@@ -1,1 +1,0 @@
-"""``./run_all.sh``: ``stages`` knows what has changed, ``notebook`` what a notebook reads, ``runner`` runs it, ``check`` looks at the environment."""
