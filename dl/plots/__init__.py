@@ -30,7 +30,7 @@ from dl.plots.gap import (
 from dl.plots.generative import plot_consensus, plot_few_pairs, plot_pareto, plot_spread
 from dl.plots.listen import audio_player, thread_clip
 from dl.plots.slider import figure_slider, live_front_end
-from dl.plots.style import COLOURS, COLUMN, GREY, MARKERS, PAGE, house_style, panels, save_figure, scatter_roles
+from dl.plots.style import COLOURS, COLUMN, GREY, MARKERS, PAGE, house_style, panels, save_figure, scatter_roles, set_style
 
 __all__ = [
     "COLOURS", "COLUMN", "GREY", "MARKERS", "PAGE", "audio_player", "envelope_frame", "figure_slider", "gap_plane", "house_style",
@@ -38,5 +38,5 @@ __all__ = [
     "plot_crossing", "plot_encoder_training", "plot_few_pairs", "plot_gains", "plot_label_gains", "plot_layouts", "plot_losses",
     "plot_maps", "plot_pareto", "plot_paths", "plot_place", "plot_planes", "plot_recordings", "plot_scene", "plot_schedule",
     "plot_spread", "plot_start_step_clouds", "plot_start_steps", "plot_systems", "plot_trade_off", "plot_training", "plot_trajectory",
-    "plot_waveform", "points_frame", "save_figure", "scatter_roles", "score_frame", "thread_clip",
+    "plot_waveform", "points_frame", "save_figure", "scatter_roles", "set_style", "score_frame", "thread_clip",
 ]
