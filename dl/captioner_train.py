@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dl.captioner import LLMCaptioner, check_embeddings, like, memory_advice, whole
 from dl.config import CaptionerConfig, number_format
-from dl.store import atomic_write, csv_text, fingerprint, load_checkpoint, save_checkpoint
+from dl.store import atomic_write, content, csv_text, key, load_checkpoint, save_checkpoint
 from dl.train import seeded
 
 CHECKPOINT_EVERY = 50     # steps between two checkpoints
@@ -162,10 +162,11 @@ def train_captioner(
     rank, world, accumulation = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
 
     training = {name: value for name, value in asdict(config).items() if name not in DECODING_FIELDS}
-    watched = [validate is not None, list(val) if val else []] if config.patience else []
-    run = fingerprint(
-        config=training, seed=seed, data=[embeddings, captions], initial_weights=captioner.trainable_state(), recipe=DECODER_RECIPE,
-        language_model=[captioner.revision, number_format(config.dtype)], stopping=watched)
+    watched = [validate is not None, content(val[0], list(val[1])) if val else ""] if config.patience else []
+    weights = captioner.trainable_state()
+    run = key("decoder", DECODER_RECIPE, settings=training, seed=seed, data=content(embeddings, list(captions)),
+              initial_weights=content(*(weights[name] for name in sorted(weights))),
+              language_model=[captioner.revision, number_format(config.dtype)], stopping=watched)
 
     optimizer = torch.optim.AdamW((p for p in captioner.parameters() if p.requires_grad), config.learning_rate, weight_decay=config.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(captioner, optimizer)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
 from types import ModuleType
@@ -33,8 +34,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dl.config import REPO, Profile
-from dl.data import SAMPLING_RATE, AudioError, Split, check_waveform, ids_sha256
-from dl.store import RowFile, atomic_write, sha256_file
+from dl.data import MIX_RECIPE, SAMPLING_RATE, AudioError, Split, check_waveform
+from dl.store import Key, RowFile, atomic_write, content, key, sha256_file
 
 if TYPE_CHECKING:
     from transformers import ClapModel, ClapProcessor, PreTrainedTokenizerBase
@@ -407,6 +408,7 @@ if TYPE_CHECKING:
 
 CROP_SAMPLES = 480_000          # 10 s at 48 kHz [paper~]; beyond it both LAION libraries crop at random
 CROP_RULE = "first-10s"         # [ours] CLAP's own processor crops at random, which changes the embedding from call to call
+VECTORS_RECIPE = 1                         # goes up when the same sounds and weights give other vectors (tests/test_recipes.py)
 SHARD_SIZE = 512                # clips a cache file; a killed run repeats at most one
 BATCHES_AT_A_TIME = 4           # [ours] more would only take memory
 MINI_FOLDER = REPO / "data/mini/mini_clap"
@@ -520,6 +522,11 @@ class Embeddings:
     captions: list[str]
     skipped: list[str]
 
+    @cached_property
+    def key(self) -> str:
+        """Names these vectors and captions by their content; vectors that were changed or picked have another name."""
+        return content(self.audio, self.text, self.text_clip, list(self.captions))
+
     def kth_text(self, k: int) -> Tensor:
         """(n, D): caption k (from 0) of every clip; a clip with fewer captions answers with its last."""
         counts = torch.bincount(self.text_clip, minlength=len(self.clip_ids))
@@ -549,11 +556,11 @@ def decode(split: Split, places: Sequence[int], workers: int = 4) -> Iterator[tu
         yield from zip(places, pool.map(one, places), strict=True)
 
 
-def cache_key(split: Split, encoder: ClapEncoder) -> str:
-    """What the vectors depend on: the encoder's weights and number format, the crop rule, the clips and the captions."""
-    captions = [text for texts in split.captions for text in texts]
-    parts = [encoder.weights_sha256, str(encoder.dtype), CROP_RULE, ids_sha256(split.clip_ids), split.frame.to_csv(index=False), *captions]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def vectors_key(split: Split, encoder: ClapEncoder) -> Key:
+    """What the vectors of a split depend on: encoder, crop, clips and captions, the sound files and how scenes are mixed from them."""
+    return key("vectors", VECTORS_RECIPE, encoder=encoder.weights_sha256, dtype=str(encoder.dtype), crop=CROP_RULE,
+               clips=content(split.clip_ids, split.frame.to_csv(index=False).split("\n")), captions=content([text for texts in split.captions for text in texts]),
+               sounds=split.manifest, mixing=MIX_RECIPE)
 
 
 def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: bool = True, accelerator: Accelerator | None = None) -> Embeddings:
@@ -568,13 +575,13 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
             result is that of one process (to rounding, where few clips make smaller shards).
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
-    key = cache_key(split, encoder)
+    name = vectors_key(split, encoder)
     final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
-    if (found := _read(final)) and found[1].get("key") == key:
+    if (found := _read(final)) and found[1].get("key") == name:
         _remove_shards(final)
         return Embeddings(split=split.name, **found[0], **found[1]["lists"])
     size = min(SHARD_SIZE, -(-len(split) // world))
-    shards = final.with_name(f"{split.name}-{key[:16]}-{size}")
+    shards = final.with_name(f"{split.name}-{name.digest}-{size}")
     files = [shards / f"{start:08d}.safetensors" for start in range(0, len(split), size)]
     with tqdm(total=len(split), desc=f"{split.name}: audio", unit="clip", disable=not progress) as bar:
         for number, shard in enumerate(files):
@@ -585,14 +592,14 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     if accelerator is not None:
         accelerator.wait_for_everyone()                                              # every shard is there
     if rank == 0:
-        _merge(profile, split, encoder, final, key, files)
+        _merge(profile, split, encoder, final, name, files)
         _remove_shards(final)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return load_embeddings(profile, split.name)
 
 
-def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, key: str, files: list[Path]) -> None:
+def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, name: Key, files: list[Path]) -> None:
     """Put the shards together, embed the captions, and list the clips that could not be used."""
     parts = []
     for file in files:
@@ -614,7 +621,7 @@ def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, ke
     broken = [split.clip_ids[place] for place in sorted(set(range(len(split))) - set(kept))]
     if rows := [*((clip_id, "not on disk") for clip_id in split.missing), *zip(broken, skipped, strict=True)]:
         unusable.add([{"split": split.name, "clip_id": clip_id, "reason": reason} for clip_id, reason in rows])
-    _write(final, tensors, {"key": key, "lists": lists})
+    _write(final, tensors, {"key": name, "lists": lists})
 
 
 def _remove_shards(final: Path) -> None:

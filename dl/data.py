@@ -21,7 +21,7 @@ import soundfile
 import soxr
 
 from dl.config import AUDIO_SUFFIXES, SPLITS, Profile
-from dl.store import atomic_write
+from dl.store import atomic_write, content, sha256_file
 
 RATES = range(1_000, 768_001)                 # Hz [ours]; a header beyond it is damaged, and resampling it would fill the memory
 MOST_CHANNELS = 64                            # [ours] the same
@@ -210,6 +210,7 @@ SAMPLING_RATE = 48_000                                     # Hz, CLAP's input ra
 SCENE_COLUMNS = ["youtube_id", "recordings", "offsets_s", "gains_db", "noise_dbfs", "seconds", "noise_seed"]     # what a mix needs
 SILENCE = 1e-5                                             # [ours] peak, -100 dBFS; below it a clip holds nothing to embed
 SHORTEST_S = 0.05                                          # [ours] less than this cannot be embedded
+MANIFEST_BYTES = 200_000_000                               # sound files of a split up to this size count by their content
 READ_S = 30                                                # [ours] of an AudioCaps file no more is read: CLAP hears 10 s, and an hour would fill the memory
 
 
@@ -224,6 +225,7 @@ class Split:
         frame: n rows; for ``data/mini`` the scene's row of ``scenes.csv``, else ``youtube_id`` and ``start_time``.
         waveform: ``waveform(i)`` gives clip i as float32 (samples,), mono, 48 kHz; raises :class:`AudioError`.
         missing: ids in the CSV whose audio file is absent; the run goes on without them.
+        files: the sound files behind the clips.
     """
 
     name: str
@@ -232,6 +234,17 @@ class Split:
     frame: pd.DataFrame
     waveform: Callable[[int], np.ndarray]
     missing: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+
+    @property
+    def manifest(self) -> str:
+        """Hash of the sound files: of their content, or, where they hold more than 200 MB together, of their sizes and times.
+
+        A repaired file under the same name changes it.
+        """
+        stats = [(path, path.stat()) for path in sorted(set(self.files))]
+        small = sum(stat.st_size for _, stat in stats) <= MANIFEST_BYTES
+        return content([f"{path.name} {sha256_file(path) if small else f'{stat.st_size} {stat.st_mtime_ns}'}" for path, stat in stats])
 
     def __len__(self) -> int:
         return len(self.clip_ids)
@@ -359,7 +372,8 @@ def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Ser
         except (KeyError, ValueError) as error:
             raise AudioError(f"{captions.index[index]}: its row of scenes.csv cannot be mixed ({error}); git checkout -- data/mini") from None
 
-    return Split(split, list(captions.index), list(captions), frame, waveform)
+    used = sorted({clip_id for cell in frame.recordings for clip_id in cell.split(";")} & files.keys())
+    return Split(split, list(captions.index), list(captions), frame, waveform, files=tuple(files[clip_id] for clip_id in used if files[clip_id].is_file()))
 
 
 def _audiocaps_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Series) -> Split:
@@ -371,7 +385,8 @@ def _audiocaps_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: p
         raise FileNotFoundError(f"{folder.audio_dir}: none of the {len(captions)} clips of split '{split}' is there; "
                                 "files are named <youtube_id>_<start_time>.wav, .flac, .mp3, .opus, ...")
     return Split(split, present, list(captions[present]), rows.loc[present].reset_index(drop=True),
-                 lambda index: read_audio(on_disk[present[index]], READ_S), missing)
+                 lambda index: read_audio(on_disk[present[index]], READ_S), missing,
+                 tuple(on_disk[clip_id] for clip_id in present))
 
 
 def recording_files(data_dir: Path) -> dict[str, Path]:
@@ -425,6 +440,9 @@ HELDOUT_TEMPLATES = {                                # connectives never in a tr
     ("sequence", 3): ["{a}, next {b}, and afterwards {c}"],
     ("background", 3): ["{a}, afterwards {b}, and in the distance {c}"],
 }
+
+
+MIX_RECIPE = 1                                      # goes up when a row of scenes.csv gives another sound (tests/test_recipes.py)
 
 
 def mix_scene(scene: pd.Series, read_recording: Callable[[str], np.ndarray]) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss, normalize
 from dl.bridge import INFERENCE_FIELDS, BridgeNetwork, DiffusionLink, combined_losses, unit_rows
 from dl.config import BridgeConfig
 from dl.scheduler import DDIMScheduler, ddim_sample, standard_normal
+from dl.store import content
 from dl.train import LossFn, PairSampler, fit, seeded, train_bridge
 
 PEERS_RECIPE = 1      # goes up when a system gives other vectors from the same data (tests/test_recipes.py)
@@ -420,7 +421,7 @@ class TrainedPeer(Peer):
         self.scheduler = DDIMScheduler(config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule)
         self.history = fit(
             self.network, self.loss_fn(audio, text, text_clip), config, seed=seed, checkpoint_path=checkpoint_path,
-            identity={"system": [type(self).__name__, PEERS_RECIPE], "data": [audio, text, text_clip]}, progress=progress, betas=self.betas,
+            identity={"system": [type(self).__name__, PEERS_RECIPE], "data": content(audio, text, text_clip)}, progress=progress, betas=self.betas,
         )
 
     def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:

@@ -344,27 +344,46 @@ def search_paths(profile: Profile) -> list[Path]:
 # Checkpoints: one safetensors file that is whole, unaltered, and made by the run that reads it, or is not used at all.
 
 
-def fingerprint(**parts: object) -> dict[str, str]:
-    """What decides a run's result, one sha256 (64 hex digits) for each named part.
+class Key(dict[str, Any]):
+    """What decides a result, its parts in clear. See :func:`key`."""
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits that change when a part does."""
+        return hashlib.sha256(json.dumps(self, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def key(kind: str, recipe: int, **parts: Any) -> Key:
+    """Name a result by what decides it; nothing is computed.
 
     Args:
-        parts: tensors, paths of files (their content counts), values that JSON can hold, or lists of these.
+        kind: what the result is (vectors, mapping, decoder, captions).
+        recipe: the number beside the algorithm, such as ``dl.train.BRIDGE_RECIPE``. It goes up when the same parts give another result.
+        parts: JSON values, and other keys, of which the digest counts. Arrays name themselves by :func:`content`.
+
+    Raises:
+        TypeError: a part that is no JSON value.
 
     Example:
-        >>> fingerprint(seed=0) == fingerprint(seed=0), fingerprint(seed=0) == fingerprint(seed=1)
-        (True, False)
+        >>> key("mapping", 1, system="ridge", data=key("vectors", 1, crop="first 10 s")).digest
     """
-    return {name: _sha256(value) for name, value in parts.items()}
+    made = Key(kind=kind, recipe=recipe, **{name: part.digest if isinstance(part, Key) else part for name, part in parts.items()})
+    return Key(json.loads(json.dumps(made)))              # tuples become lists, as in a file's header
 
 
-def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict, run: dict[str, str]) -> None:
+def content(*arrays: Tensor | list[str]) -> str:
+    """Sixteen hex digits of the content of arrays (dtype, shape, bytes) and texts: the name of data that come without a file."""
+    return _sha256(list(arrays))[:16]
+
+
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict, run: Key) -> None:
     """Write tensors and state to ``path``, atomically.
 
     Args:
         path: the file.
         tensors: name -> tensor of any shape and dtype.
         state: JSON values.
-        run: the fingerprint of the run.
+        run: the key of the run.
     """
     text = json.dumps({"state": state, "run": run})
     metadata = {"checkpoint": text, "sha256": _sha256([text, tensors])}
@@ -372,16 +391,16 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict, r
     atomic_write(path, safetensors.torch.save(tensors, metadata=metadata))
 
 
-def load_checkpoint(path: str | Path, run: dict[str, str]) -> tuple[dict[str, Tensor], dict] | None:
+def load_checkpoint(path: str | Path, run: Key) -> tuple[dict[str, Tensor], dict] | None:
     """Read a checkpoint of this very run; anything else is left aside with one line on stderr.
 
     Args:
         path: the file; a missing one is no error.
-        run: the fingerprint of the run that wants it.
+        run: the key of the run that wants it.
 
     Returns:
         (tensors on the CPU, state), or None where training starts from the beginning: no file, a damaged file, or a file
-        whose fingerprint differs.
+        whose key differs; the line names the parts that do.
     """
     path = Path(path)
     if not path.is_file():
@@ -406,16 +425,14 @@ def load_checkpoint(path: str | Path, run: dict[str, str]) -> tuple[dict[str, Te
 
 
 def _sha256(value: object) -> str:
-    """sha256 of a tensor (dtype, shape, bytes), a file's content, a JSON value, or a list or dict of these."""
+    """sha256 of a tensor (dtype, shape, bytes), a JSON value, or a list or dict of these."""
     digest = hashlib.sha256()
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(uint8).numpy().data)
-    elif isinstance(value, Path):
-        digest.update(value.read_bytes())
     elif isinstance(value, dict):
         digest.update("".join(f"{name} {_sha256(value[name])} " for name in sorted(value)).encode())
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and any(isinstance(item, Tensor | list | tuple | dict) for item in value):
         digest.update(" ".join(_sha256(item) for item in value).encode())
     else:
         digest.update(json.dumps(value).encode())

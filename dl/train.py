@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dl.bridge import INFERENCE_FIELDS, DiffusionLink, bridge_losses, unit_rows
 from dl.config import BridgeConfig
-from dl.store import fingerprint, load_checkpoint, save_checkpoint
+from dl.store import content, key, load_checkpoint, save_checkpoint
 
 CHECKPOINT_EVERY = 200  # steps between two checkpoints of a fit
 HISTORY_ROWS = 50  # rows of a training history, each the mean over the steps since the row before
@@ -122,7 +122,7 @@ def fit(
         loss_fn: (network, generator) -> the losses of one batch, () float each; "loss" is the one that is minimised.
         config: learning_rate, weight_decay, lr_schedule, train_steps, grad_clip (0: off), ema_decay.
         seed: of the generator.
-        identity: what else decides the result (data, recipe), as ``dl.store.fingerprint`` takes it.
+        identity: what else decides the result (data, recipe), as parts of ``dl.store.key``.
         checkpoint_path: a safetensors file; None keeps nothing.
         checkpoint_every: steps between two checkpoints.
         validate: (network with the EMA weights) -> a pair cosine on val, at each row of the history.
@@ -146,7 +146,7 @@ def fit(
 
     training = {name: value for name, value in asdict(config).items() if name not in INFERENCE_FIELDS}
     shapes = [[name, list(parameter.shape)] for name, parameter in network.named_parameters()]
-    run = fingerprint(config=[training, betas], seed=seed, network=shapes, recipe=BRIDGE_RECIPE, **(identity or {}))
+    run = key("fit", BRIDGE_RECIPE, settings=training, betas=betas, seed=seed, network=shapes, **(identity or {}))
     if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
         done, history, totals, since = state["step"], state["history"], state["totals"], state["since"]
@@ -270,7 +270,7 @@ def train_bridge(
         clips, captions = sampler.draw(config.batch_size, generator)
         return bridge_losses(network, link.scheduler, x_audio[clips], x_text[captions], config, generator)
 
-    identity: dict[str, object] = {"system": "bridge", "data": [audio, text, text_clip]}
+    identity = {"system": "bridge", "data": content(audio, text, text_clip)}
     validate = None
     if val is not None:
         probe, val_text = copy.deepcopy(link), unit_rows(val[1], audio.shape[1], "val text")

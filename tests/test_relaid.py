@@ -1,4 +1,4 @@
-"""The committed tables are what today's code lays out from the committed ``metrics.csv``: a moved module must not move a cell."""
+"""The committed tables are what the code lays out from the committed ``metrics.csv``, cell by cell."""
 from __future__ import annotations
 
 import csv
@@ -16,8 +16,9 @@ from dl.report.tables import write_table1
 from dl.studies.ablations import write_ablations
 
 MINI = REPO / "results/mini"
-WRITERS = {"table1": write_table1, "table2": write_table2, "claims": write_claims, "ablations": write_ablations, "comparison": write_comparison}
-PERMITTED: dict[str, str] = {}      # "<file>: <committed text>" -> the text that may stand there now; say why beside each entry
+WRITERS = {"table1": write_table1, "table2": write_table2, "claims": write_claims, "ablations": write_ablations,
+    "comparison": write_comparison}
+PERMITTED: dict[str, str] = {}      # "<file>: <committed text>" -> the text that may stand there now, with the why
 NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -41,12 +42,13 @@ def differences(name: str, old: list[str], new: list[str]) -> list[str]:
     """What is not the same, a line each; permitted differences left out."""
     if len(old) != len(new):
         return [f"{name}: {len(old)} cells or lines became {len(new)}"]
-    return [f"{name}: {a!r} became {b!r}" for a, b in zip(old, new, strict=True) if not same(a, b) and PERMITTED.get(f"{name}: {a}") != b]
+    return [f"{name}: {a!r} became {b!r}" for a, b in zip(old, new, strict=True) if not same(a, b)
+        and PERMITTED.get(f"{name}: {a}") != b]
 
 
 @pytest.fixture(scope="module")
 def relaid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A results folder with metrics.csv and search.csv of ``results/mini`` alone, and every table laid out from them."""
+    """A results folder with metrics.csv and search.csv of ``results/mini``, and every table laid out from them."""
     profile = get_profile("mini", results_root=tmp_path_factory.mktemp("relaid"))
     profile.results_dir.mkdir(parents=True)
     for name in ("metrics.csv", "search.csv"):
@@ -63,5 +65,7 @@ def test_a_committed_table_is_laid_out_again(relaid, name):
 
 
 def test_a_moved_cell_is_seen():
-    assert same("0.5 [0.1, 1,000]", "0.5000000001 [0.1, 1000]") and not same("0.5", "0.500001") and not same("a 1", "b 1") and not same("1", "")
-    assert differences("x.csv", ["a", "1"], ["a", "2"]) == ["x.csv: '1' became '2'"] and differences("x.csv", ["a"], ["a", "b"])
+    assert same("0.5 [0.1, 1,000]", "0.5000000001 [0.1, 1000]") and not same("0.5", "0.500001") and not same("a 1",
+        "b 1") and not same("1", "")
+    assert differences("x.csv", ["a", "1"], ["a", "2"]) == ["x.csv: '1' became '2'"] and differences("x.csv", ["a"],
+        ["a", "b"])
