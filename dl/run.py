@@ -123,7 +123,7 @@ STAGES = (
     Stage("10", "10_replication_report.ipynb", after=("03", "05", "06", "07", "08", "09"), reads=("results/paper.csv", "{results}/metrics.csv"),
           makes=("comparison.csv", "comparison.md", "report.html"), lays_out=True),
     Stage("11", "11_caption_your_own.ipynb", after=("02", "05", "07"), reads=("data/mini/recordings/**",), makes=("figures/11_*",)),
-    Stage("A1", "A1_build_mini_corpus.ipynb", reads=("data/mini/recordings/**",), makes=("figures/A1_*",), default=False),
+    Stage("A1", "A1_build_mini_corpus.ipynb", reads=("data/mini/recordings/**", "data/mini/build_corpus.py"), makes=("figures/A1_*",), default=False),
     Stage("A2", "A2_train_mini_clap.ipynb", reads=("data/mini/**",), makes=("mini_clap.csv", "figures/A2_*"), default=False),
     Stage("A3", "A3_sample_the_bridge.ipynb", after=("02", "04", "07"), reads=("{data}/**", *SEARCH), makes=(METRICS, "figures/A3_*"), default=False),
 )

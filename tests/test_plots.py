@@ -32,7 +32,6 @@ from dl.plots import (
     plot_circles,
     plot_crossing,
     plot_encoder_training,
-    plot_layouts,
     plot_place,
     plot_recordings,
     plot_scene,
@@ -107,9 +106,7 @@ def test_every_figure_of_the_first_notebooks_draws(results_root):
     recordings = pd.read_csv(profile.data_dir / "recordings/recordings.csv", dtype=str)
     cosines = pd.DataFrame({"kind": ["own", "other"] * 20, "cosine": np.linspace(-1, 1, 40)})
     recalls = pd.DataFrame([("all", "R@1", 0.2, 0.01), ("all", "R@10", 0.6, 0.1)], columns=["clips", "metric", "value", "chance"])
-    seconds = dict(zip(recordings.clip_id, recordings.seconds.astype(float), strict=True))
-    figures = [plot_recordings(recordings), plot_scene({"a": mix / 2}, mix, 48_000), plot_alignment(cosines, recalls),
-               plot_layouts(split.frame.drop_duplicates("layout"), seconds)]
+    figures = [plot_recordings(recordings), plot_scene({"a": mix / 2}, mix, 48_000), plot_alignment(cosines, recalls)]
     for number, figure in enumerate(figures):
         assert save_figure(profile, figure, f"test_{number}", cosines).stat().st_size > 5000
     bars = [patch.get_width() for container in figures[2].axes[1].containers for patch in container]

@@ -138,7 +138,7 @@ def plot_alignment(cosines: pd.DataFrame, recalls: pd.DataFrame) -> Figure:
     return figure
 
 
-# --------------------------------------------------------------------------------------------------- A1: build the mini corpus
+# ------------------------------------------------------------------------------------------------------- A2: train mini-CLAP
 @house_style
 def plot_encoder_training(history: pd.DataFrame) -> Figure:
     """Left: InfoNCE a batch. Right: recall on val, one of the five own captions among the first 1 or 10 of all, by epoch.
@@ -154,31 +154,3 @@ def plot_encoder_training(history: pd.DataFrame) -> Figure:
     right.set(xlabel="epoch", ylabel="recall on val", xlim=left.get_xlim(), ylim=(0, 1))
     right.legend(loc="lower left")
     return figure
-
-
-@house_style
-def plot_layouts(scenes: pd.DataFrame, seconds: dict[str, float]) -> Figure:
-    """One scene of every layout as a score: a bar for each recording, from its start to its end, thinner where it is quieter.
-
-    Args:
-        scenes: rows of ``scenes.csv``.
-        seconds: recording id -> its length in s.
-    """
-    figure, axes = plt.subplots(len(scenes), 1, figsize=(PAGE, 1.05 * len(scenes) + 0.4), sharex=True, layout="constrained", squeeze=False)
-    for axis, (_, scene) in zip(axes[:, 0], scenes.iterrows(), strict=True):
-        bars = score_frame(scene, seconds)
-        for row, bar in bars.iterrows():
-            axis.barh(row, bar.end_s - bar.start_s, left=bar.start_s, height=0.55 * 10 ** (bar.gain_db / 20), color=COLOURS["audio"])
-            axis.text(bar.start_s, row - 0.3, bar.label, va="bottom", fontsize=7)
-        axis.axvline(float(scene.seconds), color="black", linewidth=0.8)
-        axis.set(yticks=[], ylim=(len(bars) - 0.6, -0.8), xlim=(0, 10))
-        axis.set_title(scene.layout, loc="left", pad=2)
-    axes[-1, 0].set_xlabel("time (s); the black line is the end of the scene")
-    return figure
-
-
-def score_frame(scene: pd.Series, seconds: dict[str, float]) -> pd.DataFrame:
-    """A scene's recordings with label, start and end (s, at most the scene's) and gain (dB)."""
-    cells = zip(scene.recordings.split(";"), scene.labels.split(";"), scene.offsets_s.split(";"), scene.gains_db.split(";"), strict=True)
-    rows = [(clip_id, label, float(start), min(float(start) + seconds[clip_id], float(scene.seconds)), float(gain)) for clip_id, label, start, gain in cells]
-    return pd.DataFrame(rows, columns=["recording", "label", "start_s", "end_s", "gain_db"])
