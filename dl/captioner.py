@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 
 import safetensors.torch
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers.utils import logging
 
 from dl.config import FOUR_BIT, CaptionerConfig, resolve_dtype
-from dl.store import atomic_write, sha256_file
+from dl.store import atomic_write, content, sha256_file
 from dl.train import seeded
 
 SMOLLM2 = "smollm2-135m-instruct"                              # HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
@@ -113,6 +114,15 @@ def memory_advice(what: str, advice: str) -> Iterator[None]:
 def model_revision(name: str, model: PreTrainedModel, revision: str | None = None) -> str | None:
     """What names these very weights: the sha256 of the package's file, the commit of a hub model, None for a folder."""
     return sha256_file(smollm2_gguf()) if name == SMOLLM2 else getattr(model.config, "_commit_hash", None) or revision
+
+
+@cache
+def language_model_version(name: str, revision: str | None = None) -> str:
+    """Names a language model's weights without opening them: sha256 of the package's file, sizes and times of a folder's files, else ``revision``."""
+    if name == SMOLLM2:
+        return sha256_file(smollm2_gguf())
+    files = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
+    return content([f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]) if files else revision or "newest"
 
 
 def smollm2_gguf() -> Path:

@@ -7,7 +7,6 @@ same bytes as one that was never stopped.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,16 @@ from torch.nn.functional import normalize
 from dl.bootstrap import Draws, SystemScores, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
 from dl.bridge import INFERENCE_FIELDS
 from dl.caption_metrics import CaptionResults, Run, candidates_path, score_caption_runs, write_candidates
-from dl.captioner import LLMCaptioner
+from dl.captioner import LLMCaptioner, language_model_version
 from dl.captioner_train import DECODER_RECIPE, DECODING_FIELDS, train_captioner
 from dl.clap import Embeddings
 from dl.config import BridgeConfig, Profile, number_format
 from dl.data import Split, ids_sha256
 from dl.gap import gap_functions, gap_metrics
-from dl.peers import REGISTRY, DiffusionBridge, DiffusionLinkPeer, Peer, TrainedPeer, build, centre
-from dl.report.claims import TUNING_METRIC, comparisons
-from dl.store import MetricsFile, atomic_write, fingerprint, git_sha, search_file, search_paths
+from dl.peers import PEERS_RECIPE, REGISTRY, DiffusionBridge, DiffusionLinkPeer, Peer, TrainedPeer, build, centre
+from dl.report import TUNING_METRIC, comparisons
+from dl.store import Key, MetricsFile, atomic_write, content, git_sha, key, search_file, search_paths
+from dl.train import BRIDGE_RECIPE
 
 MEMORY_GB = 5.0        # that the processes may take together, beside this one, which may hold a decoder too; a laptop of 8 GB is enough
 
@@ -156,17 +156,41 @@ def fit_system(
     Trained systems take ``profile.bridge.train_steps`` steps. Two systems that differ at a call only (one step, DDIM) share a fit.
     With ``val`` the history of a new fit of the bridge holds its pair cosine on val.
     """
-    hyper_parameters = {**chosen(profile, system), **hyper_parameters}
-    kind = REGISTRY[system]
-    if not issubclass(kind, TrainedPeer):
-        return build(system, **hyper_parameters).fit(train.audio, train.text, train.text_clip, seed=seed)
-    peer = kind(**{"train_steps": profile.bridge.train_steps, **_base(profile, kind), **hyper_parameters})
+    peer = unfitted(profile, system, **hyper_parameters)
+    if not isinstance(peer, TrainedPeer):
+        return peer.fit(train.audio, train.text, train.text_clip, seed=seed)
     family = "bridge" if isinstance(peer, DiffusionLinkPeer) else system
-    training = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
-    key = hashlib.sha256(json.dumps(training, sort_keys=True).encode()).hexdigest()[:12]
-    path = profile.cache_dir / "fits" / f"{family}-{key}-{seed}.safetensors"
+    path = profile.cache_dir / "fits" / f"{family}-{fit_key(peer, train, seed).digest}-{seed}.safetensors"
     return peer.fit(train.audio, train.text, train.text_clip, seed=seed, checkpoint_path=path, progress=progress,
                     val=None if val is None else (val.audio, val.first_text))
+
+
+def unfitted(profile: Profile, system: str, **hyper_parameters: Any) -> Peer:
+    """A system with the hyper-parameters chosen on val, and ``hyper_parameters`` over them."""
+    values = {**chosen(profile, system), **hyper_parameters}
+    kind = REGISTRY[system]
+    if not issubclass(kind, TrainedPeer):
+        return build(system, **values)
+    return kind(**{"train_steps": profile.bridge.train_steps, **_base(profile, kind), **values})
+
+
+def fit_key(peer: Peer, train: Embeddings, seed: int) -> Key:
+    """Names a fit by what decides it, before it is made; two systems that differ at a call only share it."""
+    if isinstance(peer, TrainedPeer):
+        settings = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
+        kind = "bridge" if isinstance(peer, DiffusionLinkPeer) else type(peer).__name__
+        return key("fit", PEERS_RECIPE, bridge=BRIDGE_RECIPE, system=kind, settings=settings, seed=seed, data=train.key)
+    settings = {name: value for name, value in vars(peer).items() if isinstance(value, int | float | str)}
+    return key("fit", PEERS_RECIPE, system=type(peer).__name__, settings=settings, data=train.key)
+
+
+def mapping_key(profile: Profile, system: str, train: Embeddings, seed: int, space: str = "text") -> Key:
+    """Names the vectors that a system gives: its fit, how it is called, and the noise seed of :data:`NOISE_SEED`."""
+    if system not in REGISTRY:
+        return key("mapping", PEERS_RECIPE, system=system)
+    peer = unfitted(profile, system)
+    call = {name: value for name, value in asdict(peer.config).items() if name in INFERENCE_FIELDS} if isinstance(peer, TrainedPeer) else {}
+    return key("mapping", PEERS_RECIPE, fit=fit_key(peer, train, seed if peer.trained else 0), call=call, noise_seed=NOISE_SEED, space=space)
 
 
 def fit_systems(
@@ -484,32 +508,54 @@ def select_clips(embeddings: Embeddings, clips: list[int]) -> Embeddings:
 
 # ------------------------------------------------------------------------------------------------------------ fits, captions
 def short_hash(**parts: object) -> str:
-    """Twelve hex digits that change when a part does (see ``dl.store.fingerprint``)."""
-    return hashlib.sha256(json.dumps(fingerprint(**parts), sort_keys=True).encode()).hexdigest()[:12]
+    """Twelve hex digits that change when a part does."""
+    from dl.store import _sha256
+
+    return _sha256(parts)[:12]
 
 
 @dataclass(frozen=True)
 class DecoderFit:
-    """A decoder's training data and where its fit is kept; ``load`` trains it, or reads it if that was done before."""
+    """A decoder's training data and where its fit is kept; ``load`` trains it, or reads it if that was done before.
+
+    Attributes:
+        name: of the decoder (see :class:`Row`).
+        train, val: the splits whose pairs train and watch it.
+    """
 
     profile: Profile
     name: str
     seed: int
-    vectors: Tensor
-    captions: list[str]
-    val: tuple[Tensor, list[str]]
+    train: Embeddings
+    val: Embeddings
 
     @property
-    def key(self) -> str:
-        """Hash of what determines the fit: settings, pairs, seed, code."""
-        config = {name: value for name, value in asdict(self.profile.captioner).items() if name not in DECODING_FIELDS}
-        return short_hash(config=config, dtype=number_format(self.profile.captioner.dtype), seed=self.seed,
-                          pairs=[self.vectors, self.captions], val=list(self.val), recipe=DECODER_RECIPE)
+    def key(self) -> Key:
+        """What decides the fit; no mapping is fitted for it."""
+        captioner = self.profile.captioner
+        settings = {name: value for name, value in asdict(captioner).items() if name not in DECODING_FIELDS}
+        mapping = {"text": "raw", "text_noised": "capdec", "text_centred": "c3", "text_bridged": "diffusion_bridge"}.get(self.name, self.name)
+        return key("decoder", DECODER_RECIPE, settings=settings, dtype=number_format(captioner.dtype), seed=self.seed, trained_on=self.name,
+                   language_model=language_model_version(captioner.language_model, captioner.revision),
+                   mapping=mapping_key(self.profile, mapping, self.train, self.seed), data=self.train.key, val=self.val.key)
 
     @property
     def path(self) -> Path:
         """The fit's checkpoint."""
-        return self.profile.cache_dir / "captioners" / f"{self.name}-{self.seed}-{self.key}.safetensors"
+        return self.profile.cache_dir / "captioners" / f"{self.name}-{self.seed}-{self.key.digest}.safetensors"
+
+    @cached_property
+    def pairs(self) -> tuple[Tensor, list[str]]:
+        """What trains it: vectors and captions (:func:`decoder_pairs`)."""
+        return decoder_pairs(self.profile, self.name, self.train, self.seed)
+
+    @cached_property
+    def val_pairs(self) -> tuple[Tensor, list[str]]:
+        """What watches it: the first caption of every clip of ``val``."""
+        vectors, captions = decoder_pairs(self.profile, self.name, self.train, self.seed, self.val)
+        counts = torch.bincount(self.val.text_clip)
+        first = counts.cumsum(0) - counts
+        return vectors[first], [captions[i] for i in first.tolist()]
 
     def load(self, progress: bool = False, accelerator: Accelerator | None = None) -> LLMCaptioner:
         """The fitted captioner in eval mode, its history (step, loss, val_loss, lr) as the attribute ``history``.
@@ -518,21 +564,19 @@ class DecoderFit:
         """
         if (captioner := IN_USE.get(self.path)) is not None and self.path.is_file():
             return captioner
-        captioner = LLMCaptioner(self.vectors.shape[1], self.profile.captioner, seed=self.seed)
-        captioner.history = train_captioner(captioner, self.vectors, self.captions, seed=self.seed, checkpoint_path=self.path,
-                                            val=self.val, progress=progress, accelerator=accelerator)
+        vectors, captions = self.pairs
+        captioner = LLMCaptioner(vectors.shape[1], self.profile.captioner, seed=self.seed)
+        captioner.history = train_captioner(captioner, vectors, captions, seed=self.seed, checkpoint_path=self.path,
+                                            val=self.val_pairs, progress=progress, accelerator=accelerator)
         IN_USE[self.path] = captioner
         return captioner.eval()
 
 
 def decoder_fit(profile: Profile, train_on: str, seed: int, train: Embeddings, val: Embeddings) -> DecoderFit:
     """The fit of the decoder called ``train_on``; nothing is trained yet. Its loss on val: the first captions of the first clips."""
-    vectors, captions = decoder_pairs(profile, train_on, train, seed)
-    part = select_clips(val, list(range(min(VAL_CLIPS, len(val.clip_ids)))))
-    val_vectors, val_captions = decoder_pairs(profile, train_on, train, seed, part)
-    counts = torch.bincount(part.text_clip)
-    first = counts.cumsum(0) - counts
-    return DecoderFit(profile, train_on, seed, vectors, captions, (val_vectors[first], [val_captions[i] for i in first.tolist()]))
+    if train_on not in TEXT_DECODERS and train_on not in REGISTRY:
+        raise ValueError(f"unknown decoder {train_on!r}: choose one of {', '.join([*TEXT_DECODERS, *REGISTRY])}")
+    return DecoderFit(profile, train_on, seed, train, select_clips(val, list(range(min(VAL_CLIPS, len(val.clip_ids))))))
 
 
 def fit_captioner(profile: Profile, train_on: str, seed: int, train: Embeddings, val: Embeddings, progress: bool = False) -> LLMCaptioner:
@@ -554,12 +598,16 @@ def decoding_name(num_beams: int) -> str:
     return "greedy" if num_beams == 1 else f"beam {num_beams}"
 
 
-def caption_file(profile: Profile, row: Row, fit: DecoderFit, vectors: Tensor, num_beams: int | None = None) -> Path:
-    """The cache file of a row's captions, named by everything that determines them."""
+def caption_file(profile: Profile, row: Row, fit: DecoderFit, mapping: Key | str, test: Embeddings, num_beams: int | None = None) -> Path:
+    """The cache file of a row's captions: named by the decoder, the mapping, the clips and the decoding.
+
+    Args:
+        mapping: :func:`mapping_key`, or the content of vectors that come from elsewhere.
+    """
     beams = num_beams or profile.captioner.num_beams
-    key = short_hash(fit=fit.key, vectors=vectors, decoding=[beams, profile.captioner.max_new_tokens])
-    name = f"{row.decoder}-{row.system}-{row.space}-{fit.seed}-{decoding_name(beams).replace(' ', '')}-{key}.json"
-    return profile.cache_dir / "captions" / name
+    name = key("captions", DECODER_RECIPE, decoder=fit.key, mapping=mapping, clips=test.key, beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
+    file = f"{row.decoder}-{row.system}-{row.space}-{fit.seed}-{decoding_name(beams).replace(' ', '')}-{name.digest}.json"
+    return profile.cache_dir / "captions" / file
 
 
 def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embeddings, val: Embeddings, test: Embeddings, *,
@@ -579,9 +627,11 @@ def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embedd
     for decoder in dict.fromkeys(row.decoder for row in rows):
         fit, captioner = decoder_fit(profile, decoder, seed, train, val), None
         for row in (row for row in rows if row.decoder == decoder):
-            vectors = vectors_of(row) if vectors_of else system_vectors(profile, row, train, test, seed)
-            path = caption_file(profile, row, fit, vectors, beams)
-            if (texts := read_texts(path, len(vectors))) is None:
+            vectors = vectors_of(row) if vectors_of else None
+            mapping = mapping_key(profile, row.system, train, seed, row.space) if vectors is None else content(vectors)
+            path = caption_file(profile, row, fit, mapping, test, beams)
+            if (texts := read_texts(path, len(test.clip_ids))) is None:
+                vectors = system_vectors(profile, row, train, test, seed) if vectors is None else vectors
                 captioner = captioner or fit.load(progress)
                 texts = captioner.generate(vectors, num_beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
                 atomic_write(path, json.dumps(texts, indent=0))
@@ -600,7 +650,8 @@ def caption_seeds(profile: Profile, rows: Iterable[Row], seeds: Iterable[int], t
     if profile.processes != 1 and not torch.accelerator.is_available():       # on a GPU, which two decoders may not fit, rows follow each other
         lists = [(row, seed) for row in rows for seed in seeds]
         missing = [(row, seed) for row, seed in lists if not caption_file(
-            profile, row, decoder_fit(profile, row.decoder, seed, train, val), system_vectors(profile, row, train, test, seed), num_beams).is_file()]
+            profile, row, decoder_fit(profile, row.decoder, seed, train, val), mapping_key(profile, row.system, train, seed, row.space), test,
+            num_beams).is_file()]
         fits = dict.fromkeys((row.decoder, seed) for row, seed in missing)
         side_by_side(_keep_decoder, [(profile, decoder, seed, train, val) for decoder, seed in fits], profile.processes, GB_EACH)
         side_by_side(_keep_captions, [(profile, row, seed, train, val, test, num_beams) for row, seed in lists if missing], profile.processes, GB_EACH)
@@ -638,10 +689,8 @@ def disjoint_rows(profile: Profile, seed: int, train: Embeddings, split: Split, 
         split: the training split, for its recordings. A clip that mixes both halves serves neither, so that both learn from less.
     """
     for_mapping, for_decoder = disjoint_halves(train, split)
-    apart = replace(profile, results_root=profile.cache_dir / "disjoint")              # its fits must not push out those on all of train
-
     def vectors(row: Row) -> Tensor:
-        return fit_system(apart, row.system, for_mapping, seed, **chosen(profile, row.system))(test.audio, noise_seed=NOISE_SEED)
+        return fit_system(profile, row.system, for_mapping, seed)(test.audio, noise_seed=NOISE_SEED)
 
     rows = (Row("raw"), Row("ridge"), Row("diffusion_link"))
     return caption_rows(profile, rows, seed, for_decoder, val, test, num_beams=num_beams, vectors_of=vectors, progress=progress)
@@ -676,3 +725,23 @@ def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict
         file.remove(experiment=recorded)
     file.add(results.rows)
     return results
+
+
+def few_pairs(embeddings: Embeddings, fraction: float, seed: int) -> Embeddings:
+    """A random share of a split's clips, at least two, each with all its captions; the smaller share lies inside the larger one.
+
+    Clips are drawn, not recordings: 1 % of the scenes of data/mini touches more than 1 % of its recordings.
+
+    Args:
+        fraction: in (0, 1]; 1 gives the split itself.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction {fraction} is out of range: choose a share of the clips, above 0 and at most 1")
+    if fraction == 1:
+        return embeddings
+    order = np.random.default_rng(seed).permutation(len(embeddings.clip_ids))
+    return select_clips(embeddings, sorted(order[: max(2, round(fraction * len(order)))].tolist()))

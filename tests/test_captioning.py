@@ -224,9 +224,9 @@ def test_the_name_of_a_fit_says_what_determines_it(profile):
     others = [decoder_fit(profile, "text", 1, train, val), decoder_fit(profile, "raw", 0, train, val),
               decoder_fit(profile, "text", 0, embeddings("train", 11), val),
               decoder_fit(replace(profile, captioner=replace(config, prefix_length=2)), "text", 0, train, val)]
-    assert {other.key for other in same} == {fit.key}
+    assert {other.key.digest for other in same} == {fit.key.digest}
     assert len({other.path for other in [fit, *others]}) == 5
-    part, captions = decoder_fit(profile, "raw", 0, train, val).val
+    part, captions = decoder_fit(profile, "raw", 0, train, val).val_pairs
     assert torch.allclose(part, val.audio) and [int(caption.split()[2]) for caption in captions] == list(range(12))
 
 
@@ -263,7 +263,7 @@ def test_the_strict_rows_leave_the_fits_on_all_of_train_alone(profile, counted):
     split = data(train, [f"rec_{i // 2}" for i in range(40)])
     found = captioning.disjoint_rows(profile, 0, train, split, val, test)
     assert [row.system for row in found] == ["raw", "ridge", "diffusion_link"] and counted["loads"] == 1
-    assert {path: path.read_bytes() for path in (profile.cache_dir / "fits").iterdir()} == before
+    assert before.items() <= {path: path.read_bytes() for path in (profile.cache_dir / "fits").iterdir()}.items()
     stored = json.loads(next((profile.cache_dir / "captions").glob("text-diffusion_link-*.json")).read_text())
     assert stored == found[Row("diffusion_link")]
 

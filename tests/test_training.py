@@ -277,11 +277,11 @@ def test_start_step_alone_needs_no_new_training(tmp_path):
     assert steps == [] and link.start_timestep == 300
 
 
-@pytest.mark.parametrize("change", ["config", "seed", "data"])
+@pytest.mark.parametrize("change", ["settings", "seed", "data"])
 def test_checkpoint_of_another_run_is_ignored_with_the_reason(tmp_path, capsys, change):
     path, steps = tmp_path / "bridge.safetensors", []
     train(checkpoint_path=path)
-    config = replace(CONFIG, learning_rate=1e-3) if change == "config" else CONFIG
+    config = replace(CONFIG, learning_rate=1e-3) if change == "settings" else CONFIG
     audio, text, text_clip = toy_pairs()
     if change == "data":
         text = text.clone()
@@ -313,7 +313,7 @@ def test_damaged_checkpoint_is_refused_and_training_starts_over(tmp_path, capsys
 
 
 def test_altered_state_is_noticed_too(tmp_path, capsys):
-    path, run = tmp_path / "state.safetensors", checkpoint.fingerprint(seed=0)
+    path, run = tmp_path / "state.safetensors", checkpoint.key("fit", 1, seed=0)
     checkpoint.save_checkpoint(path, {"a": torch.arange(3)}, {"step": 41}, run)
     tensors, state = checkpoint.load_checkpoint(path, run)
     assert torch.equal(tensors["a"], torch.arange(3)) and state == {"step": 41}

@@ -144,7 +144,7 @@ def mutated(good: bytes) -> st.SearchStrategy[bytes]:
 
 
 def test_any_checkpoint(folder, ledger, capsys):
-    path, run = folder / "fit.safetensors", checkpoint.fingerprint(seed=0)
+    path, run = folder / "fit.safetensors", checkpoint.key("fit", 1, seed=0)
     checkpoint.save_checkpoint(path, {"w": torch.arange(6.0), "g": torch.arange(5, dtype=torch.uint8)}, {"step": 3, "history": []}, run)
     good = path.read_bytes()
 
