@@ -1,4 +1,4 @@
-"""``python -m dl`` with check, caption, demo, run (what ``./run_all.sh`` calls), embed and fit (for ``accelerate launch``), readme."""
+"""``python -m dl`` with check, caption, demo, run (what ``./run_all.sh`` calls), embed and fit (for ``accelerate launch``)."""
 from __future__ import annotations
 
 import argparse
@@ -11,7 +11,7 @@ from dl.config import PROFILES, get_profile
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m dl", description="Diffusion-Link, replicated.")
-    commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,demo,run,embed,fit,readme}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,demo,run,embed,fit}")
 
     check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
     check.add_argument("--profile", choices=PROFILES, default="mini")
@@ -48,8 +48,6 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--profile", choices=PROFILES, default="mini")
     fit.add_argument("--decoder", default="text", metavar="NAME", help="text (notebook 07; the default), raw or diffusion_link (notebook 08)")
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="training seed (default 0)")
-
-    commands.add_parser("readme", help="copy the tables of results/mini into README.md")
     return top
 
 
@@ -64,12 +62,6 @@ def literal(text: str) -> object:
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do what it says; returns the exit code."""
     options = parser().parse_args(arguments)
-    if options.command == "readme":
-        from dl.report.readme import write_readme
-
-        write_readme()
-        return 0
-
     try:
         profile = get_profile(options.profile)
     except (FileNotFoundError, ValueError) as error:               # the file that DL_SETTINGS names

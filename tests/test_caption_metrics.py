@@ -17,25 +17,34 @@ from aac_metrics.eval import _get_main_evaluate_args, load_csv_file
 from aac_metrics.utils.checks import check_metric_inputs
 from aac_metrics.utils.tokenization import preprocess_mono_sents, preprocess_mult_sents
 
-from dl.config import REPO, get_profile
-from dl.data import load_split
 from dl import caption_metrics as captions
 from dl import caption_metrics as java
+from dl import check
 from dl.bootstrap import ClipCounts, make_draws, score_clips
 from dl.caption_metrics import (
+    METRICS,
+    Java,
+    JavaError,
+    Meteor,
+    MetricNotComputed,
     candidates_column,
     candidates_path,
+    find_java,
+    java_version,
     markdown_text,
+    meteor_counts,
+    meteor_from_counts,
     phrasing_references,
+    ptb_tokenize,
     read_candidates,
     score_caption_runs,
+    score_captions,
+    score_systems,
     write_candidates,
 )
-from dl.caption_metrics import METRICS, MetricNotComputed, score_captions, score_systems
-from dl.caption_metrics import Java, JavaError, Meteor, find_java, java_version, meteor_counts, meteor_from_counts, ptb_tokenize
-from dl import check
-from dl.report.caption_table import write_table2
-from dl.report.claims import write_claims
+from dl.config import REPO, get_profile
+from dl.data import load_split
+from dl.report import write_claims, write_table2
 from dl.store import MetricsFile
 
 N = 20

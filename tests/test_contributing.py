@@ -19,7 +19,7 @@ RECIPES = {title: re.findall(r"```(?:python|toml)\n# ([^\n]+)\n(.*?)```", text, 
 CHECKS = {
     "A peer method": """
 from dl.experiments import score_table
-from dl.report.tables import write_table1
+from dl.report import write_table1
 from dl.store import MetricsFile
 scores, rows = score_table(profile, ["raw", "half_shift"], train, test, split, progress=False)
 file = MetricsFile(profile)
@@ -33,7 +33,7 @@ assert table.parameters["half_shift"] == 2 * train.audio.shape[1] and table.uses
 from dl.experiments import score_table
 from dl.bootstrap import make_reference
 from dl.gap import gap_metrics
-from dl.report.tables import write_table1
+from dl.report import write_table1
 from dl.store import MetricsFile
 value = gap_metrics(test.first_text, make_reference(test))["share_close"]
 assert value.shape == (1,) and value[0] == 1.0

@@ -13,7 +13,7 @@ from dl.config import BridgeConfig, get_profile
 from dl.data import load_split
 from dl.clap import Embeddings
 from dl.peers import REGISTRY
-from dl.report.claims import VERDICT_RULES
+from dl.report import VERDICT_RULES
 
 
 @pytest.fixture

@@ -8,16 +8,16 @@ import torch
 from scipy.stats import spearmanr
 from torch.nn.functional import normalize
 
+from dl.clap import Embeddings
 from dl.config import BridgeConfig, get_profile
 from dl.data import Split
-from dl.clap import Embeddings
 from dl.experiments import fit_system
 from dl.plots import plot_consensus, plot_few_pairs, plot_pareto, plot_spread
 from dl.plots.generative import knob
-from dl.report.generative import RULES, named_on_val, verdicts
 from dl.store import MetricsFile
 from dl.studies import consensus as mbr
 from dl.studies import generative, unpaired
+from dl.studies.rules import RULES, named_on_val, verdicts
 from dl.studies.samples import (
     Sampler,
     consensus,

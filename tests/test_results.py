@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dl import report
 from dl import store as results
-from dl.config import PROFILES, get_profile
 from dl.bootstrap import make_draws, paired_difference, score_system
+from dl.config import PROFILES, get_profile
 from dl.gap import Reference, median_bandwidth
-from dl.report import claims, tables
-from dl.report.claims import VERDICT_RULES, Part, combine, judge, verdict, write_claims
+from dl.report import VERDICT_RULES, Part, combine, judge, verdict, write_claims
 from dl.store import METRIC_COLUMNS, MetricsFile, RowFile, atomic_write, search_file, write_provenance
 
 
@@ -139,7 +139,7 @@ def test_table1_lays_out_what_metrics_csv_holds(profile):
         summary("ridge", "recall_at_10", 0.51, 0.47, 0.55), summary("ridge", "effective_rank", 40.0), summary("ridge", "parameters", 66048.0),
         summary("raw", "recall_at_10", float("nan"), reason="a neighbour or rank metric needs at least 20 items"),
     ])
-    table = tables.write_table1(profile)
+    table = report.write_table1(profile)
     assert table.system.tolist() == ["raw", "mean_shift", "c3", "c3", "procrustes", "ridge", "text_floor"]
     assert table.space.tolist()[2:4] == ["text", "centred"]
     marks = dict(zip(zip(table.system, table.space), table.rmg_mark.fillna("")))
@@ -160,7 +160,7 @@ def test_table1_lays_out_what_metrics_csv_holds(profile):
 
 def test_table1_without_figures_says_what_to_run(profile):
     with pytest.raises(ValueError, match="--only 05"):
-        tables.write_table1(profile)
+        report.write_table1(profile)
 
 
 # ------------------------------------------------------------------------------------------------------------------- verdicts
@@ -212,9 +212,9 @@ def judged(profile, rows: list[dict], claim: str) -> dict:
 
 
 def test_rules_cover_the_six_claims():
-    assert [rule.id for rule in VERDICT_RULES] == ["C1", "C2", "C3", "C4", "C5", "C6"] and claims.TUNING_METRIC == "rmg"
-    assert claims.comparisons("gap") == ["raw", "ridge", "regression_mlp", "regression_mlp_topology", "diffusion_bridge", "conditional_diffusion", "seed"]
-    assert claims.comparisons("zero_shot") == claims.comparisons("supervised") == ["raw"]
+    assert [rule.id for rule in VERDICT_RULES] == ["C1", "C2", "C3", "C4", "C5", "C6"] and report.TUNING_METRIC == "rmg"
+    assert report.comparisons("gap") == ["raw", "ridge", "regression_mlp", "regression_mlp_topology", "diffusion_bridge", "conditional_diffusion", "seed"]
+    assert report.comparisons("zero_shot") == report.comparisons("supervised") == ["raw"]
 
 
 def test_no_figures_no_verdicts(profile):
@@ -302,7 +302,7 @@ def test_from_vectors_to_claims(profile):
     before = file.path.read_bytes()
     file.add(rows)
     assert file.path.read_bytes() == before, "recording twice changes nothing"
-    table = tables.write_table1(profile, traits={})
+    table = report.write_table1(profile, traits={})
     assert table.system.tolist() == ["raw", "seed", "diffusion_link"] and table.rmg_mark.tolist()[2] == "best"
     found = {row["id"]: row["verdict"] for row in write_claims(profile)}
     assert found["C1"] == "supported" and found["C3"] == found["C6"] == "not_tested" and found["C5"] == "supported"

@@ -11,7 +11,7 @@ import pandas as pd
 
 from dl.config import Profile
 from dl.gap import ARROWS, DIRECTION
-from dl.report.tables import write_table as write_files
+from dl.report import write_table as write_files
 from dl.store import markdown_table
 from dl.studies.variants import ABLATIONS
 

@@ -8,7 +8,7 @@ say how sure it is and keep the spread of the texts. Each is set against the sam
 * ``run_distribution``: Frechet distance at equal pair cosine. Controls: ridge and the regression MLP with noise added.
 
 What is open (k*, n, sigma) is chosen on val, training seed 0, by the rules of ``choose_spread`` and ``worst_advantage``; test is scored once, and
-``dl.report.generative`` judges by rules that were written before.
+``dl.studies.rules`` judges by rules that were written before.
 """
 from __future__ import annotations
 

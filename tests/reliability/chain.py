@@ -25,20 +25,17 @@ import torch
 from test_captioning import tiny_language_model
 from torch.nn.functional import normalize
 
+from dl import caption_metrics as captions
+from dl import captioner_train as captioner_training
+from dl import clap
 from dl import store as results
 from dl import train as training
-from dl import captioner_train as captioner_training
-from dl.experiments import Row, caption_rows, decoder_fit, score_and_record
+from dl.caption_metrics import JavaError
+from dl.clap import embed_split, load_embeddings
 from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
 from dl.data import load_split
-from dl import clap
-from dl.clap import embed_split, load_embeddings
-from dl.experiments import fit_system, score_table
-from dl import caption_metrics as captions
-from dl.caption_metrics import JavaError
-from dl.report.caption_table import write_table2
-from dl.report.claims import write_claims
-from dl.report.tables import write_table1
+from dl.experiments import Row, caption_rows, decoder_fit, fit_system, score_and_record, score_table
+from dl.report import write_claims, write_table1, write_table2
 from dl.store import MetricsFile
 
 SYSTEMS = ["raw", "mean_shift", "ridge", "diffusion_link"]
