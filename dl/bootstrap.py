@@ -1,17 +1,17 @@
 """Intervals: resample the recordings behind the clips, draw a training seed and a noise seed, score, repeat.
 
-Scenes share recordings, so clips are not independent. The cluster bootstrap is the pigeonhole bootstrap (Owen, Annals of Applied
-Statistics 2007): recordings are drawn with replacement, and a scene counts the product of how often each of its recordings was
-drawn. Beside it stands the plain clip bootstrap, which is too narrow where clips share recordings.
+Scenes share recordings, so clips are not independent. The cluster bootstrap is the pigeonhole bootstrap (Owen, Annals
+of Applied Statistics 2007): recordings are drawn with replacement, and a scene counts the product of how often each of
+its recordings was drawn. The plain clip bootstrap stands beside it; it is too narrow where clips share recordings.
 
-Each replicate also draws one training seed and one noise seed, so that an interval speaks of *one* trained model, not of the mean
-of several. Two systems are compared on the same draws. Resampling adds noise of its own to squared distances (a centroid gap of
-resampled clips is larger than that of the clips); so a metric's replicates are shifted by their mean excess over the value of the
-run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
+A replicate also draws one training seed and one noise seed, so an interval speaks of *one* trained model. Two systems
+are compared on the same draws. Resampling adds noise of its own to squared distances (a centroid gap of resampled
+clips is larger than that of the clips). So a metric's replicates are shifted by their mean excess over the value of
+the run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,24 +26,19 @@ from dl.peers import centre
 if TYPE_CHECKING:
     from dl.clap import Embeddings
 
-HEAVY_SAMPLES = 200   # [ours] replicates of the metrics that need an eigen-decomposition each; recordings only, no clip bootstrap
+BOOTSTRAP_RECIPE = 1   # goes up when the same scores get other intervals (tests/test_recipes.py)
+HEAVY_SAMPLES = 200    # [ours] replicates of metrics that cost an eigen-decomposition each; recordings only, no clips
+Run = tuple[int, int]  # training seed, noise seed
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """The random part of R replicates, the same for every system.
+    """The random part of R replicates, the same for every system."""
 
-    Attributes:
-        cluster: (R, n) float64, how often each clip counts when recordings are resampled.
-        clip: (R, n) float64, how often each clip counts when clips are resampled.
-        seed: (R,) in [0, 1), which training seed (as a share of the list).
-        noise_seed: (R,) in [0, 1), which noise seed.
-    """
-
-    cluster: NDArray
-    clip: NDArray
-    seed: NDArray
-    noise_seed: NDArray
+    cluster: NDArray        # (R, n) float64, how often each clip counts when recordings are resampled
+    clip: NDArray           # (R, n) float64, how often each clip counts when clips are resampled
+    seed: NDArray           # (R,) in [0, 1), which training seed (as a share of the list)
+    noise_seed: NDArray     # (R,) in [0, 1), which noise seed
 
 
 def make_draws(clusters: list[tuple[str, ...]], n_samples: int = 1000, seed: int = 0) -> Draws:
@@ -55,14 +50,16 @@ def make_draws(clusters: list[tuple[str, ...]], n_samples: int = 1000, seed: int
         seed: of the bootstrap itself.
     """
     rng = np.random.default_rng(seed)
-    recordings = {name: i for i, name in enumerate(dict.fromkeys(name for members in clusters for name in members))}
-    counts = rng.multinomial(len(recordings), np.full(len(recordings), 1 / len(recordings)), size=n_samples)
-    cluster = np.stack([counts[:, [recordings[name] for name in set(members)]].prod(1) for members in clusters], axis=1).astype(float)
-    clip = rng.multinomial(len(clusters), np.full(len(clusters), 1 / len(clusters)), size=n_samples).astype(float)
-    return Draws(cluster, clip, rng.random(n_samples), rng.random(n_samples))
+    names = list(dict.fromkeys(name for members in clusters for name in members))
+    place = {name: i for i, name in enumerate(names)}
+
+    counts, clip = (rng.multinomial(n, np.full(n, 1 / n), size=n_samples) for n in (len(names), len(clusters)))
+    cluster = np.stack([counts[:, [place[name] for name in set(members)]].prod(1) for members in clusters], axis=1)
+    return Draws(cluster.astype(float), clip.astype(float), rng.random(n_samples), rng.random(n_samples))
 
 
-def make_reference(embeddings: Embeddings, labels: list[frozenset[str]] | None = None, means: tuple[Tensor, Tensor] | None = None) -> Reference:
+def make_reference(embeddings: Embeddings, labels: list[frozenset[str]] | None = None,
+                   means: tuple[Tensor, Tensor] | None = None) -> Reference:
     """The texts of a split as gap metrics take them.
 
     Args:
@@ -74,11 +71,12 @@ def make_reference(embeddings: Embeddings, labels: list[frozenset[str]] | None =
     if means is not None:
         audio, text = centre(audio, means[0]), centre(text, means[1])
     first = text[_caption_rows(embeddings.text_clip, 0)].numpy()
-    return Reference(first, text.numpy(), embeddings.text_clip.numpy(), median_bandwidth(first), audio.numpy(), tuple(labels) if labels else None)
+    return Reference(first, text.numpy(), embeddings.text_clip.numpy(), median_bandwidth(first), audio.numpy(),
+                     tuple(labels) if labels else None)
 
 
 def text_floor(embeddings: Embeddings, reference: Reference) -> tuple[NDArray, Reference]:
-    """Caption 2 of each clip in place of its audio vector, (n, D), and the reference in which no clip meets that caption.
+    """Caption 2 of each clip in place of its audio vector, (n, D), and a reference in which no clip meets it.
 
     Raises:
         ValueError: a clip has one caption only.
@@ -91,48 +89,39 @@ def _caption_rows(text_clip: Tensor, k: int) -> Tensor:
     """Row of caption k (from 0) of every clip; (n,) int64."""
     counts = torch.bincount(text_clip)
     if int(counts.min()) <= k:
-        raise ValueError(f"clip {int(counts.argmin())} has {int(counts.min())} captions, caption {k + 1} is asked for: leave this row out")
+        raise ValueError(f"clip {int(counts.argmin())} has {int(counts.min())} captions, "
+                         f"caption {k + 1} is asked for: leave this row out")
     return counts.cumsum(0) - counts + k
 
 
 @dataclass(eq=False)
 class SystemScores:
-    """What one system scored: a value for each run and metric, and its replicates.
-
-    Attributes:
-        system: its name.
-        runs: (seed, noise_seed) of each of the K runs.
-        n_items: how many clips count.
-        points: metric -> (K,) values.
-        replicates: metric -> (R,) with recordings resampled, shifted as the module's head says; NaN beyond those computed.
-        clip_replicates: the same with clips resampled.
-        reasons: metric -> why it has no value.
-    """
+    """What one system scored: for each metric a value a run and replicates, shifted as the module's head says."""
 
     system: str
-    runs: list[tuple[int, int]]
-    n_items: int
-    points: dict[str, NDArray]
-    replicates: dict[str, NDArray]
-    clip_replicates: dict[str, NDArray]
-    reasons: dict[str, str] = field(default_factory=dict)
+    runs: list[Run]                         # (seed, noise_seed) of each of the K runs
+    n_items: int                            # how many clips count
+    points: dict[str, NDArray]              # metric -> (K,) values
+    replicates: dict[str, NDArray]          # metric -> (R,) with recordings resampled; NaN where not computed
+    clip_replicates: dict[str, NDArray]     # the same with clips resampled
+    reasons: dict[str, str] = field(default_factory=dict)      # metric -> why it has no value
 
     def rows(self, each_run: bool = True, **labels: Any) -> list[dict]:
-        """Rows for ``MetricsFile.add``: each run, then the sum over runs (seed = noise_seed = "all") with its interval.
+        """Rows for ``MetricsFile.add``: each run (unless not ``each_run``), then the mean over runs with its interval.
 
-        Args:
-            each_run: False leaves the single runs out.
-            labels: columns that all rows share (experiment, split, space, ids_sha256, ...).
+        The mean has seed = noise_seed = "all". ``labels`` are columns that all rows share (experiment, split, ...).
         """
         out = []
         for metric, values in self.points.items():
             shared = {**labels, "system": self.system, "n_items": self.n_items, "metric": metric}
             reason = self.reasons.get(metric, "")
             if each_run:
-                out += [{**shared, "seed": s, "noise_seed": k, "value": float(v), "reason": "" if np.isfinite(v) else reason}
-                        for (s, k), v in zip(self.runs, values)]
-            summary = {**shared, "seed": "all", "noise_seed": "all", "value": self.mean(metric), "sd": _sd(values), "reason": reason}
-            out.append(summary | _interval(self.replicates[metric], "") | _interval(self.clip_replicates[metric], "clip_"))
+                out += [{**shared, "seed": seed, "noise_seed": noise_seed, "value": float(value),
+                         "reason": "" if np.isfinite(value) else reason}
+                        for (seed, noise_seed), value in zip(self.runs, values, strict=True)]
+            sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            out.append({**shared, "seed": "all", "noise_seed": "all", "value": self.mean(metric), "sd": sd,
+                        "reason": reason, **_intervals(self.replicates[metric], self.clip_replicates[metric])})
         return out
 
     def mean(self, metric: str) -> float:
@@ -140,8 +129,8 @@ class SystemScores:
         return float(np.mean([self.points[metric][runs].mean() for runs in _runs_by_seed(self.runs)]))
 
 
-def score_system(system: str, mapped: list[tuple[int, int, ArrayLike]], reference: Reference, draws: Draws, mask: NDArray | None = None,
-                 heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
+def score_system(system: str, mapped: Iterable[tuple[int, int, ArrayLike]], reference: Reference, draws: Draws,
+                 mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
     """Score one system's mapped vectors with all gap metrics and their intervals.
 
     Args:
@@ -163,52 +152,63 @@ def score_system(system: str, mapped: list[tuple[int, int, ArrayLike]], referenc
 
 @dataclass(frozen=True, eq=False)
 class ClipCounts:
-    """A metric of a whole corpus (BLEU, METEOR): counts that add up over clips, and the metric as a function of their sums.
+    """A metric of a whole corpus (BLEU, METEOR): counts (n, c) that add up over clips, and the metric of their sums.
 
-    Attributes:
-        counts: (n, c) of each clip.
-        statistic: (R, c) sums -> (R,) values.
+    ``statistic`` takes (R, c) sums and gives (R,) values.
     """
 
     counts: NDArray
     statistic: Callable[[NDArray], NDArray]
 
     def __call__(self, weights: NDArray) -> NDArray:
-        """The metric of the corpus in which clip i stands ``weights[r, i]`` times; (R, n) -> (R,), NaN where no clip counts."""
+        """The corpus in which clip i stands ``weights[r, i]`` times; (R, n) -> (R,), NaN where no clip counts."""
         return np.where(weights.sum(1) > 0, self.statistic(weights @ self.counts), np.nan)
 
 
-def score_clips(system: str, scores: Sequence[tuple[int, int, Mapping[str, ArrayLike | ClipCounts | GapFunction]]], draws: Draws,
-                mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
-    """The same for any metrics: a mean over clips (CIDEr-D, ...), of counts summed over clips (BLEU, METEOR), or of ``gap_functions``.
+def score_clips(system: str, scores: Sequence[tuple[int, int, Mapping[str, ArrayLike | ClipCounts | GapFunction]]],
+                draws: Draws, mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
+    """The same for any metrics: a mean over clips (CIDEr-D), of counts (BLEU, METEOR), or of ``gap_functions``.
 
     Args:
         scores: (seed, noise_seed, metric -> (n,) score of each clip, or a function of weights (R, n)) of each run.
     """
     kept = np.ones(draws.clip.shape[1]) if mask is None else np.asarray(mask, dtype=float)
     weights = np.concatenate([draws.cluster, draws.clip]) * kept
-    runs = [(seed, noise_seed) for seed, noise_seed, _ in scores]
+    runs, half = [(seed, noise_seed) for seed, noise_seed, _ in scores], len(draws.seed)
     drawn = _drawn_runs(runs, draws)
     points = {metric: np.empty(len(runs)) for metric in scores[0][2]}
-    replicates = {metric: np.full(len(weights), np.nan) for metric in points}
+    replicates = {metric: np.full(2 * half, np.nan) for metric in points}
     for run, (_, _, by_metric) in enumerate(scores):
         mine = np.flatnonzero(np.tile(drawn == run, 2))
-        few = mine[mine < min(heavy_samples, len(drawn))]
-        many_drawings, few_drawings = (np.concatenate([kept[None], weights[index]]) for index in (mine, few))
+        few = mine[mine < min(heavy_samples, half)]
+        all_drawings, few_drawings = (np.concatenate([kept[None], weights[index]]) for index in (mine, few))
         for metric, values in by_metric.items():
-            index, drawings = (few, few_drawings) if metric in HEAVY else (mine, many_drawings)
-            with np.errstate(divide="ignore", invalid="ignore"):      # a degenerate weighting or set of vectors gives NaN
-                stacked = values(drawings) if callable(values) else weighted_mean(np.asarray(values, dtype=float), drawings)
+            index, drawings = (few, few_drawings) if metric in HEAVY else (mine, all_drawings)
+            with np.errstate(divide="ignore", invalid="ignore"):      # a degenerate weighting or set of vectors: NaN
+                stacked = values(drawings) if callable(values) else weighted_mean(np.asarray(values, float), drawings)
             points[metric][run], replicates[metric][index] = stacked[0], stacked[1:]
-    return _collect(system, runs, int(kept.sum()), points, replicates, drawn)
+
+    n_items = int(kept.sum())
+    pairs = {metric: _shifted(values.reshape(2, half), points[metric][drawn]) for metric, values in replicates.items()}
+    reasons = {metric: not_computed_reason(metric, n_items) or "no value: the weights or vectors are degenerate"
+               for metric, values in points.items() if not np.isfinite(values).all()}
+    return SystemScores(system, runs, n_items, points, {metric: pair[0] for metric, pair in pairs.items()},
+                        {metric: pair[1] for metric, pair in pairs.items()}, reasons)
 
 
-def paired_difference(system: SystemScores, baseline: SystemScores, relative: bool = False, **labels: Any) -> list[dict]:
+def _shifted(replicates: NDArray, values: NDArray) -> NDArray:
+    """Replicates (2, R) less their mean excess over the values (R,) of the runs that were drawn."""
+    excess = replicates - values
+    known = ~np.isnan(excess)
+    return replicates - (np.where(known, excess, 0).sum(1) / np.maximum(known.sum(1), 1))[:, None]
+
+
+def paired_difference(system: SystemScores, baseline: SystemScores, relative: bool = False,
+                      **labels: Any) -> list[dict]:
     """Rows of system - baseline, replicate by replicate on the same recordings and seeds.
 
     Args:
-        system: scores of the system.
-        baseline: scores of the baseline, on the same draws.
+        system, baseline: scores on the same draws.
         relative: (system - baseline) / baseline instead; the metric's name then ends in ``_relative_gain``.
         labels: columns that all rows share.
 
@@ -218,55 +218,45 @@ def paired_difference(system: SystemScores, baseline: SystemScores, relative: bo
     Raises:
         ValueError: the two were scored on different draws or clips.
     """
+    def minus(ours: Any, theirs: Any) -> Any:
+        return (ours - theirs) / theirs if relative else ours - theirs
+
     rows = []
-    for metric in system.points.keys() & baseline.points.keys():
+    for metric in sorted(system.points.keys() & baseline.points.keys()):
         ours, theirs = system.replicates[metric], baseline.replicates[metric]
         if len(ours) != len(theirs) or system.n_items != baseline.n_items:
-            raise ValueError(f"{system.system} and {baseline.system} were scored on different draws: score both with the same Draws and mask")
-        difference, clip_difference = ours - theirs, system.clip_replicates[metric] - baseline.clip_replicates[metric]
-        value = system.mean(metric) - baseline.mean(metric)
-        if relative:
-            value /= baseline.mean(metric)
-            difference, clip_difference = difference / theirs, clip_difference / baseline.clip_replicates[metric]
-        row = {
-            **labels, "system": f"{system.system}-{baseline.system}", "seed": "all", "noise_seed": "all", "n_items": system.n_items,
-            "metric": metric + ("_relative_gain" if relative else ""), "value": value,
+            raise ValueError(f"{system.system} and {baseline.system} were scored on different draws: "
+                             "score both with the same Draws and mask")
+        rows.append({
+            **labels, "system": f"{system.system}-{baseline.system}", "seed": "all", "noise_seed": "all",
+            "n_items": system.n_items, "metric": metric + ("_relative_gain" if relative else ""),
+            "value": minus(system.mean(metric), baseline.mean(metric)),
             "reason": system.reasons.get(metric) or baseline.reasons.get(metric, ""),
-        }
-        rows.append(row | _interval(difference, "") | _interval(clip_difference, "clip_"))
-    return sorted(rows, key=lambda row: row["metric"])
+            **_intervals(minus(ours, theirs),
+                         minus(system.clip_replicates[metric], baseline.clip_replicates[metric])),
+        })
+    return rows
 
 
-def _runs_by_seed(runs: list[tuple[int, int]]) -> list[list[int]]:
+def _runs_by_seed(runs: list[Run]) -> list[list[int]]:
     """Positions of the runs of each training seed, noise seeds in order."""
     seeds = sorted({seed for seed, _ in runs})
-    return [sorted((i for i, run in enumerate(runs) if run[0] == seed), key=lambda i: runs[i][1]) for seed in seeds]
+    order = sorted(range(len(runs)), key=runs.__getitem__)
+    return [[i for i in order if runs[i][0] == seed] for seed in seeds]
 
 
-def _drawn_runs(runs: list[tuple[int, int]], draws: Draws) -> NDArray:
+def _drawn_runs(runs: list[Run], draws: Draws) -> NDArray:
     """Which run each replicate draws; (R,) int."""
     by_seed = _runs_by_seed(runs)
     chosen = (by_seed[int(u * len(by_seed))] for u in draws.seed)
-    return np.array([of_seed[int(v * len(of_seed))] for of_seed, v in zip(chosen, draws.noise_seed)])
+    return np.array([of_seed[int(v * len(of_seed))] for of_seed, v in zip(chosen, draws.noise_seed, strict=True)])
 
 
-def _collect(system: str, runs: list[tuple[int, int]], n_items: int, points: dict[str, NDArray], replicates: dict[str, NDArray], drawn: NDArray) -> SystemScores:
-    half, shifted = len(drawn), {}
-    for metric, values in replicates.items():
-        excess = values.reshape(2, half) - points[metric][drawn]
-        known = ~np.isnan(excess)
-        mean = np.where(known, excess, 0).sum(1) / np.maximum(known.sum(1), 1)
-        shifted[metric] = values.reshape(2, half) - mean[:, None]
-    reasons = {metric: not_computed_reason(metric, n_items) or "no value: the weights or vectors are degenerate"
-               for metric, values in points.items() if not np.isfinite(values).all()}
-    return SystemScores(system, runs, n_items, points, {k: v[0] for k, v in shifted.items()}, {k: v[1] for k, v in shifted.items()}, reasons)
-
-
-def _sd(values: NDArray) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def _interval(replicates: NDArray, prefix: str) -> dict[str, float | None]:
-    known = replicates[~np.isnan(replicates)]
-    low, high = np.percentile(known, [2.5, 97.5]) if len(known) >= 40 else (None, None)
-    return {f"{prefix}ci_low": None if low is None else float(low), f"{prefix}ci_high": None if high is None else float(high)}
+def _intervals(replicates: NDArray, clip_replicates: NDArray) -> dict[str, float | None]:
+    """Columns of both intervals; None where fewer than 40 replicates have a value."""
+    out: dict[str, float | None] = {}
+    for prefix, values in (("", replicates), ("clip_", clip_replicates)):
+        known = values[~np.isnan(values)]
+        low, high = map(float, np.percentile(known, [2.5, 97.5])) if len(known) >= 40 else (None, None)
+        out |= {f"{prefix}ci_low": low, f"{prefix}ci_high": high}
+    return out
