@@ -105,8 +105,7 @@ def test_the_estimate_counts_what_a_default_run_trains_and_generates(bench):
 
 
 def test_the_mini_profile_counts_what_full_fits_and_generates(bench):
-    from dl.experiments import supervised_rows, zero_shot_rows
-    from dl.experiments import FITS
+    from dl.experiments import FITS, supervised_rows, zero_shot_rows
     from dl.peers import REGISTRY
 
     rows, seeds = [*zero_shot_rows(bench.MINI, full=True), *supervised_rows(full=True)], len(bench.MINI.seeds)
@@ -227,12 +226,11 @@ def test_other_data_would_be_seen_in_the_losses(ratios):
 def test_growth_is_measured_and_drawn(rows_of, ratios, tmp_path):
     import pandas as pd
 
-    from dl.plots.bench import growth_data, plot_growth
-
-    rows_of("growth", "growth", ratios["growth"].TINY)
-    data = growth_data(pd.read_csv(tmp_path / "bench.csv", dtype=str, keep_default_na=False))
+    growth = ratios["growth"]
+    rows_of("growth", "growth", growth.TINY)
+    data = growth.growth_data(pd.read_csv(tmp_path / "bench.csv", dtype=str, keep_default_na=False))
     assert set(data.over) == {"clips", "D", "steps"} and (data.seconds > 0).all() and data.exponent.notna().all()
-    assert len(plot_growth(data).axes) == 3
+    assert len(growth.plot_growth(data).axes) == 3
 
 
 @pytest.mark.parametrize(("goal", "low", "high", "met"), [

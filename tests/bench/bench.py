@@ -43,7 +43,6 @@ import torch
 import trainer_ratios
 from ratios import Ratios
 
-from dl.plots.bench import growth_data, plot_growth
 from dl.plots.style import write_figure
 
 PARTS: dict[str, Callable[[Ratios, bool], None]] = {                     # section -> what measures it, tiny or not
@@ -76,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Ratios(given.out / "bench.csv", given.budget_seconds, tuple(PARTS), sections, given.limit_seconds)
     for section in sections:
         bench.part(section, lambda section=section: PARTS[section](bench, given.tiny))
-    data = growth_data(pd.read_csv(bench.path, dtype=str, keep_default_na=False))
+    data = growth.growth_data(pd.read_csv(bench.path, dtype=str, keep_default_na=False))
     if data is not None:
-        write_figure(given.out / "figures", plot_growth(data), "bench_growth", data)
+        write_figure(given.out / "figures", growth.plot_growth(data), "bench_growth", data)
     return 0
 
 

@@ -117,8 +117,8 @@ def ceilings(bench: Recorder, sizes: Sizes) -> None:
 def bridge_train(bench: Recorder, sizes: Sizes) -> None:
     """``dl.train.train_bridge`` on random pairs, its matrix products alone, and calls of an untrained bridge."""
     from dl.bridge import DiffusionLink
-    from dl.train import train_bridge
     from dl.peers import DiffusionBridge
+    from dl.train import train_bridge
 
     where = {"batch": sizes.bridge.batch_size, "dtype": "float32"}
     generator = torch.Generator().manual_seed(0)
@@ -310,9 +310,9 @@ def mini_full(bench: Recorder, sizes: Sizes) -> None:
 
     The captions are those of data/mini, the language model is the real one, the vectors are random; scoring, which needs no GPU, is left out.
     """
-    from dl.train import train_bridge
     from dl.captioner import LLMCaptioner
     from dl.captioner_train import train_captioner
+    from dl.train import train_bridge
 
     config, made = sizes.mini, []
     captions = pd.read_csv(config.data_dir / "train.csv").caption.tolist()[: sizes.pairs]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from unet1d import Unet1D
 
 from dl.bridge import DiffusionLink
-from dl.train import train_bridge
 from dl.config import REPO, BridgeConfig, get_profile
 from dl.peers import DiffusionBridge
+from dl.train import train_bridge
 
 STEP_GOAL, UNET_GOAL, SAMPLER_GOAL = at_most(1.5), faster(20), faster(4)
 STEP = "a step of dl.train.fit against the matrix products of its forward and backward pass alone (torch.mm, the same shapes)"

@@ -85,9 +85,9 @@ def metrics(bench: Ratios, sizes: Sizes) -> None:
     from aac_metrics import functional as aac
     from sentence_transformers import SentenceTransformer
 
-    from dl.mini_clap import minilm_folder
     from dl import caption_metrics as scoring
     from dl.caption_metrics import JavaError, find_java, jar
+    from dl.mini_clap import minilm_folder
 
     candidates, references = captions_to_score(sizes.scored)
     shape = f"{sizes.scored:,} captions with {len(references[0])} references each"

@@ -13,11 +13,9 @@ import soundfile
 import torch
 from ratios import Goal, Ratios, check_equal, faster, in_turn, torch_profile
 
+from dl.clap import ClapEncoder, LaionClapBackend, build_laion_clap, crop, decode
 from dl.config import get_profile
 from dl.data import SAMPLING_RATE, Split, load_split, read_audio
-from dl.clap import LaionClapBackend
-from dl.clap import ClapEncoder, crop, decode
-from dl.clap import build_laion_clap
 
 LAION_GOAL, DECODING_GOAL = faster(2), Goal("ours / theirs", ">=", 2)
 TEXT_TOWER = {"vocab_size": 300, "hidden_size": 768, "num_hidden_layers": 1, "num_attention_heads": 12, "intermediate_size": 64,
