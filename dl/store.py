@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 import psutil
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, uint8
 
 from dl.config import REPO, Profile
@@ -377,50 +377,48 @@ def content(*arrays: Tensor | list[str]) -> str:
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], state: dict, run: Key) -> None:
-    """Write tensors and state to ``path``, atomically.
+    """Write tensors, a state and the key of what made them to one safetensors file, atomically.
+
+    All that is no tensor goes into one entry of the header: safetensors writes several in an order that changes from run to run.
 
     Args:
-        path: the file.
         tensors: name -> tensor of any shape and dtype.
         state: JSON values.
-        run: the key of the run.
+        run: the key of the run; it stands in the header in clear.
     """
-    text = json.dumps({"state": state, "run": run})
-    metadata = {"checkpoint": text, "sha256": _sha256([text, tensors])}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    about = {"state": state, "key": run}
+    metadata = {"about": json.dumps({**about, "sha256": _sha256([about, tensors])})}
     atomic_write(path, safetensors.torch.save(tensors, metadata=metadata))
 
 
-def load_checkpoint(path: str | Path, run: Key) -> tuple[dict[str, Tensor], dict] | None:
-    """Read a checkpoint of this very run; anything else is left aside with one line on stderr.
+def load_checkpoint(path: str | Path, run: Key | None = None) -> tuple[dict[str, Tensor], dict] | None:
+    """Read what :func:`save_checkpoint` wrote for this very run; anything else is left aside with one line on stderr.
 
     Args:
-        path: the file; a missing one is no error.
-        run: the key of the run that wants it.
+        run: the key of the run that wants it; None takes any.
 
     Returns:
-        (tensors on the CPU, state), or None where training starts from the beginning: no file, a damaged file, or a file
-        whose key differs; the line names the parts that do.
+        (tensors on the CPU, state), or None: no file, a damaged one, or one whose key differs; the line names the parts that do.
     """
     path = Path(path)
     if not path.is_file():
         return None
     try:
-        content = path.read_bytes()
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = header["__metadata__"]
-        tensors = safetensors.torch.load(content)
-        if _sha256([metadata["checkpoint"], tensors]) != metadata["sha256"]:
+        with safe_open(path, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _sha256([{"state": about["state"], "key": about["key"]}, tensors]) != about["sha256"]:
             raise ValueError("its checksum does not fit its content")
-        stored = json.loads(metadata["checkpoint"])
-    except (ValueError, KeyError, TypeError, OverflowError, SafetensorError) as error:
-        reason = f"damaged ({' '.join(str(error).split())[:100]})"
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError, SafetensorError) as error:
+        reason = f"is damaged ({' '.join(str(error).split())[:100]})"
     else:
-        differing = sorted(name for name in stored["run"].keys() | run.keys() if stored["run"].get(name) != run.get(name))
+        stored = about["key"]
+        differing = sorted(name for name in stored.keys() | (run or stored).keys() if run and stored.get(name) != run.get(name))
         if not differing:
-            return tensors, stored["state"]
-        reason = f"from another run (its {', '.join(differing)} differ)"
-    print(f"checkpoint {path.name} is {reason}: it is ignored, training starts from the beginning", file=sys.stderr, flush=True)
+            return tensors, about["state"]
+        reason = f"is from another run (its {', '.join(differing)} differ)"
+    print(f"{path.parent.name}/{path.name} {reason}: it is not used, all in it is made anew", file=sys.stderr, flush=True)
     return None
 
 

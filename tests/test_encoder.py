@@ -290,16 +290,16 @@ def test_sounds_find_their_captions(encoder, results_root):
 
 def test_a_shard_that_is_damaged_before_the_merge_is_named_and_no_clip_is_lost(encoder, profile, monkeypatch):
     monkeypatch.setattr(module, "SHARD_SIZE", 4)
-    split, write, written = load_split(profile, "train"), module._write, []
+    split, write, written = load_split(profile, "train"), module.save_checkpoint, []
 
-    def damaging(path, tensors, about):
-        write(path, tensors, about)
+    def damaging(path, tensors, state, run):
+        write(path, tensors, state, run)
         written.append(path)
         if len(written) == 3:                                                        # the last of the three shards
             written[0].write_bytes(b"no tensors")
 
-    monkeypatch.setattr(module, "_write", damaging)
+    monkeypatch.setattr(module, "save_checkpoint", damaging)
     with pytest.raises(OSError, match=r"00000000\.safetensors cannot be read any more: run the same command again"):
         embed_split(profile, split, encoder, progress=False)
-    monkeypatch.setattr(module, "_write", write)
+    monkeypatch.setattr(module, "save_checkpoint", write)
     assert embed_split(profile, split, encoder, progress=False).clip_ids == split.clip_ids

@@ -308,7 +308,7 @@ def test_damaged_checkpoint_is_refused_and_training_starts_over(tmp_path, capsys
     }[damage])
     link, _ = train(checkpoint_path=path, callback=lambda step, losses: steps.append(step))
     printed = capsys.readouterr().err
-    assert steps[0] == 1 and "damaged" in printed and "starts from the beginning" in printed and printed.count("\n") == 1
+    assert steps[0] == 1 and "damaged" in printed and "made anew" in printed and printed.count("\n") == 1
     assert equal_weights(link, whole)
 
 

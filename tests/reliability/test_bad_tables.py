@@ -19,13 +19,12 @@ from dl.__main__ import main
 from dl.train import train_bridge
 from dl.config import SPLITS, BridgeConfig, get_profile
 from dl.data import CAPTION_COLUMNS, load_split, read_captions, recording_files
-from dl import clap
 from dl.clap import Embeddings, embed_split, load_embeddings
 from dl.experiments import fit_system, score_table
 from dl.caption_metrics import read_candidates, write_candidates
 from dl.peers import REGISTRY
 from dl import check
-from dl.store import MetricsFile, RowFile
+from dl.store import MetricsFile, RowFile, key, save_checkpoint
 
 HEADER = ",".join(CAPTION_COLUMNS)
 LONG = "a dog barks and " * 625
@@ -315,6 +314,6 @@ def test_a_split_as_json_of_numpy_values_is_no_trap(ledger, results_root):
     with ledger.attempt("bad input", "vectors"):
         e = replace(e, clip_ids=odd)
         lists = {"clip_ids": e.clip_ids, "captions": e.captions, "skipped": e.skipped}
-        clap._write(path, {"audio": e.audio, "text": e.text, "text_clip": e.text_clip}, {"key": "k", "lists": lists})
+        save_checkpoint(path, {"audio": e.audio, "text": e.text, "text_clip": e.text_clip}, lists, key("vectors", 1))
         assert load_embeddings(profile, "val").clip_ids == odd and json.dumps(lists)
         assert np.array_equal(load_embeddings(profile, "val").audio, e.audio)

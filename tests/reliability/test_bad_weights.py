@@ -177,7 +177,7 @@ def test_damaged_embeddings_are_made_anew(results_root, tmp_path, monkeypatch, c
         path.write_bytes({"flipped": whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], "truncated": whole[:-3], "no bytes": b"", "a text": b"x" * 99}[damage])
         again = embed_split(settings, split, Vectors(), progress=False)
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and path.name in err and "damaged" in err and "they are made anew" in err
+        assert err.count("\n") == 1 and path.name in err and "damaged" in err and "is made anew" in err
         assert torch.equal(again.audio, Vectors().embed_audio([split.waveform(0)])) and again.captions == ["A tone"]
         assert load_embeddings(settings, "val").clip_ids == ["a_0"]
 
