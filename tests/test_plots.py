@@ -31,7 +31,6 @@ from dl.plots import (
     plot_alignment,
     plot_circles,
     plot_crossing,
-    plot_encoder_training,
     plot_place,
     plot_recordings,
     plot_scene,
@@ -251,13 +250,6 @@ def test_plot_place_draws_each_clip_from_raw_to_bridged_on_the_map_of_train():
     assert np.allclose(arrows.XY, by_role["raw"]) and np.allclose(np.stack([arrows.U, arrows.V], 1), by_role["bridged"] - by_role["raw"])
     wanted = gap_plane({"text": points["text"][::2], "raw": raw}, points["audio"].mean(0), mean)["raw"]
     assert np.allclose(by_role["raw"], wanted) and by_role["raw"][:, 0] == pytest.approx(0, abs=0.2) and by_role["bridged"][:, 0] == pytest.approx(1, abs=0.2)
-
-
-def test_both_panels_of_the_encoders_training_show_the_same_epochs():
-    history = pd.DataFrame({"epoch": range(6), "loss": np.linspace(5, 3, 6), "recall_at_1": [np.nan] * 5 + [0.3], "recall_at_10": [np.nan] * 5 + [0.6]})
-    left, right = plot_encoder_training(history).axes
-    assert left.get_xlim() == right.get_xlim()
-    assert left.get_xlim()[0] <= 0 and left.get_xlim()[1] >= 5
 
 
 def test_one_role_without_links_is_drawn():

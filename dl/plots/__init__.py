@@ -5,7 +5,6 @@ from dl.plots.data import (
     envelope_frame,
     plot_alignment,
     plot_circles,
-    plot_encoder_training,
     plot_recordings,
     plot_scene,
     plot_waveform,
@@ -33,7 +32,7 @@ from dl.plots.style import COLOURS, COLUMN, GREY, MARKERS, PAGE, house_style, pa
 __all__ = [
     "COLOURS", "COLUMN", "GREY", "MARKERS", "PAGE", "audio_player", "envelope_frame", "figure_slider", "gap_plane", "house_style",
     "label_gains", "live_front_end", "panels", "planes_frame", "plot_alignment", "plot_caption_scores", "plot_circles", "plot_consensus",
-    "plot_crossing", "plot_encoder_training", "plot_few_pairs", "plot_gains", "plot_label_gains", "plot_losses",
+    "plot_crossing", "plot_few_pairs", "plot_gains", "plot_label_gains", "plot_losses",
     "plot_maps", "plot_pareto", "plot_paths", "plot_place", "plot_planes", "plot_recordings", "plot_scene", "plot_schedule",
     "plot_spread", "plot_start_step_clouds", "plot_start_steps", "plot_systems", "plot_trade_off", "plot_training", "plot_trajectory",
     "plot_waveform", "points_frame", "save_figure", "scatter_roles", "set_style", "thread_clip",

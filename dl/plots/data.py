@@ -136,21 +136,3 @@ def plot_alignment(cosines: pd.DataFrame, recalls: pd.DataFrame) -> Figure:
     right.set(xlabel="share of clips found", ylabel="", xlim=(0, 1))
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
-
-
-# ------------------------------------------------------------------------------------------------------- A2: train mini-CLAP
-@house_style
-def plot_encoder_training(history: pd.DataFrame) -> Figure:
-    """Left: InfoNCE a batch. Right: recall on val, one of the five own captions among the first 1 or 10 of all, by epoch.
-
-    Args:
-        history: ``epoch``, ``loss``, ``recall_at_1``, ``recall_at_10`` (``history.csv`` of mini-CLAP).
-    """
-    figure, (left, right) = panels(2, width=1.6 * COLUMN, height=2.0)
-    left.plot(history.epoch, history.loss, marker="o", color="black")
-    left.set(xlabel="epoch", ylabel="InfoNCE (nats)", ylim=(0, None))
-    for column, marker, line in (("recall_at_10", "o", "-"), ("recall_at_1", "s", "--")):
-        right.plot(history.epoch, history[column], marker=marker, linestyle=line if history[column].notna().sum() > 1 else "", color=COLOURS["audio"], label=column.replace("recall_at_", "R@"))
-    right.set(xlabel="epoch", ylabel="recall on val", xlim=left.get_xlim(), ylim=(0, 1))
-    right.legend(loc="lower left")
-    return figure
