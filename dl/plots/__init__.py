@@ -12,28 +12,19 @@ from dl.plots.data import (
 )
 from dl.plots.gap import (
     gap_plane,
-    planes_frame,
-    plot_crossing,
     plot_maps,
-    plot_paths,
     plot_place,
     plot_planes,
-    plot_schedule,
-    plot_start_step_clouds,
-    plot_start_steps,
-    plot_training,
-    plot_trajectory,
 )
-from dl.plots.generative import plot_consensus, plot_few_pairs, plot_pareto, plot_spread
 from dl.plots.listen import audio_player, thread_clip
 from dl.plots.slider import figure_slider, live_front_end
 from dl.plots.style import COLOURS, COLUMN, GREY, MARKERS, PAGE, house_style, panels, save_figure, scatter_roles, set_style
 
 __all__ = [
     "COLOURS", "COLUMN", "GREY", "MARKERS", "PAGE", "audio_player", "envelope_frame", "figure_slider", "gap_plane", "house_style",
-    "label_gains", "live_front_end", "panels", "planes_frame", "plot_alignment", "plot_caption_scores", "plot_circles", "plot_consensus",
-    "plot_crossing", "plot_few_pairs", "plot_gains", "plot_label_gains", "plot_losses",
-    "plot_maps", "plot_pareto", "plot_paths", "plot_place", "plot_planes", "plot_recordings", "plot_scene", "plot_schedule",
-    "plot_spread", "plot_start_step_clouds", "plot_start_steps", "plot_systems", "plot_trade_off", "plot_training", "plot_trajectory",
+    "label_gains", "live_front_end", "panels", "plot_alignment", "plot_caption_scores", "plot_circles",
+    "plot_gains", "plot_label_gains", "plot_losses",
+    "plot_maps", "plot_place", "plot_planes", "plot_recordings", "plot_scene",
+    "plot_systems", "plot_trade_off",
     "plot_waveform", "points_frame", "save_figure", "scatter_roles", "set_style", "thread_clip",
 ]

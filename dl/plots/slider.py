@@ -44,7 +44,7 @@ def figure_slider(draw: Callable[[int], Figure], values: Sequence[int], label: s
         An ``ipywidgets.VBox`` for ``display``, or None.
 
     Example:
-        >>> figure_slider(lambda k: plot_start_step_clouds({k: clouds[k]}, clip, nearest, "the dog"), list(clouds), "start step k*")
+        >>> figure_slider(draw_one, [0, 200, 400], "start step k*")
     """
     try:
         import ipywidgets
