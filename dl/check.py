@@ -77,12 +77,13 @@ def _audiocaps(data_dir: Path, where: str) -> str:
         version, differences = audiocaps.differences(data_dir)
     except (ValueError, OSError) as error:
         raise Missing(f"AudioCaps as published ({error}){todo}") from None
-    on_disk = set(folder.files())
     clips = {split: audiocaps.count_rows(folder.csv(split))[1] for split in SPLITS}
-    found = {split: len(ids & on_disk) for split, ids in clips.items()}
+    finds = {split: folder.find(sorted(ids)) for split, ids in clips.items()}
+    found = {split: len(there) for split, (there, _) in finds.items()}
     text = ", ".join(f"{split} {found[split]:,} of {len(ids):,}" for split, ids in clips.items())
     if not all(found.values()):
-        raise Missing(f"AudioCaps' audio in {folder.audio_dir} ({text} clips on disk){todo}")
+        told = "; ".join(told for _, told in finds.values() if told)
+        raise Missing(f"AudioCaps' audio in {folder.audio_dir} ({text} clips on disk; {told}){todo}")
     lines = [f"AudioCaps {version} in {where}: {text} clips on disk; a run goes on without the rest",
              *(f"differs: {line}" for line in differences), f"licence: {audiocaps.LICENCE}", f"known overlap: {audiocaps.OVERLAP}"]
     return "\n        ".join(lines)

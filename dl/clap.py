@@ -109,11 +109,18 @@ class ClapEncoder:
         Raises:
             AudioError: a waveform is empty, too short, silent or not finite; the message gives its place.
         """
+        if getattr(waveforms, "ndim", 2) == 1 and len(waveforms):
+            waveforms = [waveforms]                                                # one sound: a list of one
+        elif len(waveforms) and np.ndim(waveforms[0]) == 0:
+            raise ValueError("embed_audio takes a list of waveforms; put brackets around a single one")
         prepared = [crop(check_waveform(waveform, sampling_rate, f"waveform {place}")) for place, waveform in enumerate(waveforms)]
         return self._rows(self.backend.embed_audio, prepared, batch_size)
 
     def embed_text(self, captions: Sequence[str], batch_size: int = 64) -> Tensor:
         """Embed captions: a list of B strings -> (B, D) float32 on the CPU, unit norm; equal strings give equal rows."""
+        captions = [captions] if isinstance(captions, str) else list(captions)
+        if wrong := [caption for caption in captions if not isinstance(caption, str)]:
+            raise ValueError(f"embed_text takes a list of captions, each a string; {wrong[0]!r} is none")
         unique = sorted(set(captions))
         lengths = self.backend.token_counts(unique) if hasattr(self.backend, "token_counts") else map(len, unique)
         unique = [text for _, text in sorted(zip(lengths, unique, strict=True))]       # equal lengths side by side: little padding

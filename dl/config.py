@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 REPO = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".oga", ".aiff", ".aif", ".au", ".caf", ".w64")
+OTHER_SUFFIXES = (".m4a", ".mp4", ".webm", ".mkv", ".aac", ".wma")      # sounds that soundfile cannot open
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def get_profile(name: str, **overrides: Any) -> Profile:
     The environment variable ``DL_RESULTS`` moves the results folder (tests write into a temporary one).
 
     Raises:
-        FileNotFoundError: ``DL_SETTINGS`` names no file.
+        FileNotFoundError: ``DL_SETTINGS`` names no file, or ``dl`` is installed without its repository.
         ValueError: unknown profile or field, or a value of another type, with what is known listed.
     """
     if name not in PROFILES:
@@ -164,8 +165,11 @@ def get_profile(name: str, **overrides: Any) -> Profile:
     known = {f.name for f in fields(Profile)}
     if unknown := set(overrides) - known:
         raise ValueError(f"unknown profile field {sorted(unknown)}: known are {', '.join(sorted(known))}")
+    if not (REPO / "pyproject.toml").is_file():
+        raise FileNotFoundError(f"dl is installed in {REPO} without its data, weights and notebooks: "
+                                "clone the repository and install it from there with pip install -e .")
     if root := os.environ.get("DL_RESULTS"):
-        overrides.setdefault("results_root", Path(root).resolve())
+        overrides.setdefault("results_root", Path(root).expanduser().resolve())
     return replace(own_settings(PROFILES[name]), **overrides)
 
 
@@ -181,7 +185,7 @@ def own_settings(profile: Profile) -> Profile:
     if not path.is_file():
         raise FileNotFoundError(f"DL_SETTINGS names {name}, which is no file: give a TOML file with a table [{profile.name}], or unset it")
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML ({error}): write it as the head of dl/config.py shows") from None
     if unknown := set(tables) - set(PROFILES):
@@ -197,6 +201,10 @@ def _with(settings: Any, table: dict, path: Path, where: str) -> Any:
         if key not in known:
             raise ValueError(f"{path}: [{where}] has no {key!r}: it takes {', '.join(known)}")
         old = known[key]
+        if key == "max_clips" and not (isinstance(value, dict) and set(value) <= set(SPLITS) and all(type(cap) is int and cap > 0 for cap in value.values())):
+            raise ValueError(f"{path}: [{where}] max_clips = {value!r}: write [{where}.max_clips] and below it a number for train, val or test")
+        if value == []:
+            raise ValueError(f"{path}: [{where}] {key} is empty: give at least one value")
         if is_dataclass(old) and isinstance(value, dict):
             changes[key] = _with(old, value, path, f"{where}.{key}")
             continue

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,8 +19,9 @@ import numpy as np
 import pandas as pd
 import soundfile
 import soxr
+import torch
 
-from dl.config import AUDIO_SUFFIXES, SPLITS, Profile
+from dl.config import AUDIO_SUFFIXES, OTHER_SUFFIXES, SPLITS, Profile
 from dl.store import content, sha256_file
 
 RATES = range(1_000, 768_001)                 # Hz [ours]; a header beyond it is damaged, and resampling it would fill the memory
@@ -27,6 +29,7 @@ MOST_CHANNELS = 64                            # [ours] the same
 UNKNOWN_LENGTH = 0x7FFF0000                   # bytes; a WAV written into a pipe announces about this or more, and means "until the end"
 ANNOUNCED = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)    # libsndfile's log of a header
 FORMATS = "give a WAV, FLAC, Ogg, Opus or MP3 file"
+UNKNOWN_FRAMES = 1 << 62            # a header that does not know its length says 2^63 - 1
 
 
 class AudioError(ValueError):
@@ -47,7 +50,9 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
     try:
         with open(path, "rb"):                                                     # says "permission denied" where soundfile says "system error"
             pass
-        with soundfile.SoundFile(os.fsencode(path)) as file:                        # bytes: a name need not be UTF-8
+        with soundfile.SoundFile(with_length(path) or os.fsencode(path)) as file:   # bytes: a name need not be UTF-8
+            if file.frames >= UNKNOWN_FRAMES:                                       # soundfile's seek after each block would fail at the last one
+                file.seekable = lambda: False
             if file.samplerate not in RATES or file.channels > MOST_CHANNELS:
                 raise AudioError(f"{path}: its header says {file.samplerate} Hz and {file.channels} channels, which cannot be true; export it again")
             yield file
@@ -58,6 +63,8 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
         raise AudioError(f"{path}: {reason}; {FORMATS}") from None
     except (soundfile.LibsndfileError, OSError, RuntimeError, TypeError, MemoryError) as error:
         reason = " ".join(str(error).split()).replace(repr(os.fsencode(path)), "it")[:120]
+        if Path(os.fsdecode(path)).suffix.lower() in OTHER_SUFFIXES:
+            raise AudioError(f"{path}: not a format that soundfile reads; convert it: ffmpeg -i {path} {Path(os.fsdecode(path)).with_suffix('.wav')}") from None
         raise AudioError(f"{path}: not readable as audio ({reason}); {FORMATS}") from None
 
 
@@ -94,10 +101,47 @@ def check_end(path: str | Path, file: soundfile.SoundFile, count: int) -> None:
         announced, present = map(int, found.groups())
         if present < announced < UNKNOWN_LENGTH:
             expected = round(count * announced / max(present, 1))
-    if 0 <= expected < 1 << 62 and expected - count > max(0.1 * file.samplerate, 0.01 * expected):
+    if 0 <= expected < UNKNOWN_FRAMES and expected - count > max(0.1 * file.samplerate, 0.01 * expected):
         raise AudioError(f"{path}: is cut off after {count / file.samplerate:.1f} s of {expected / file.samplerate:.1f} s; copy or download it again")
     if file.format == "OGG" and not _has_last_page(path):
         raise AudioError(f"{path}: is cut off after {count / file.samplerate:.1f} s, its last page is missing; copy or download it again")
+
+
+def with_length(path: str | Path) -> io.BytesIO | None:
+    """An MP3 whose first frame does not say how many follow, with such a frame (Xing, [peer: LAME]) put before it; None for other files.
+
+    Without it libsndfile guesses the number from the file's size: a cover picture makes it too large, a variable bit rate too small,
+    and it stops reading there.
+    """
+    with open(path, "rb") as file:
+        head = file.read(10)
+        if head[:3] != b"ID3" and not (len(head) > 3 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2):
+            return None
+        data = head + file.read()
+    place = 10 + (data[6] << 21 | data[7] << 14 | data[8] << 7 | data[9]) if head[:3] == b"ID3" else 0
+    first, frames = place, 0
+    while length := mp3_frame(data[place:place + 4]):
+        if not frames and any(word in data[place:place + length] for word in (b"Xing", b"Info", b"VBRI")):
+            return None
+        place, frames = place + length, frames + 1
+    if frames < 2:
+        return None
+    header = bytearray(mp3_frame(data[first:first + 4]))
+    header[:4] = data[first:first + 4]
+    header[1] |= 1                                                                  # no checksum
+    side = 4 + ((17, 32), (9, 17))[header[1] & 8 == 0][header[3] >> 6 != 3]         # side information: mono or stereo, of MPEG 1 or 2
+    header[side:side + 12] = b"Xing" + (1).to_bytes(4, "big") + frames.to_bytes(4, "big")
+    return io.BytesIO(bytes(header) + data[first:place])
+
+
+def mp3_frame(head: bytes) -> int:
+    """The bytes of the MPEG layer III frame that ``head`` (4 bytes) begins; 0 where none does."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2 or head[1] & 0x18 == 0x08 or head[2] >> 4 in (0, 15) or head[2] & 12 == 12:
+        return 0
+    mpeg1 = head[1] & 0x18 == 0x18
+    rates = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320) if mpeg1 else (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+    hertz = (44_100, 48_000, 32_000)[head[2] >> 2 & 3] >> {0x18: 0, 0x10: 1, 0x00: 2}[head[1] & 0x18]
+    return (144_000 if mpeg1 else 72_000) * rates[(head[2] >> 4) - 1] // hertz + (head[2] >> 1 & 1)
 
 
 def _has_last_page(path: str | Path) -> bool:
@@ -143,23 +187,56 @@ class AudioCapsFolder:
     audio_dir: Path
 
     def csv(self, split: str) -> Path:
-        """The captions of a split."""
-        return self.csv_dir / f"{split}.csv"
+        """The captions of a split: ``train.csv``, or aac-datasets' ``train_v2.csv``."""
+        path = self.csv_dir / f"{split}.csv"
+        second = self.csv_dir / f"{split}_v2.csv"
+        return second if second.is_file() and not path.is_file() else path
 
     def files(self) -> dict[str, Path]:
-        """Every clip on disk: ``<youtube_id>_<start_time>`` -> file."""
-        return {path.stem: path for path in sorted(self.audio_dir.rglob("*")) if path.suffix.lower() in AUDIO_SUFFIXES}
+        """Every sound on disk, name without suffix -> file; links are followed, and what soundfile reads comes before what it does not."""
+        found: dict[str, Path] = {}
+        seen: set[str] = set()
+        for folder, below, names in os.walk(self.audio_dir, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            below[:] = sorted(name for name in below if os.path.realpath(os.path.join(folder, name)) not in seen)
+            for path in (Path(folder, name) for name in sorted(names)):
+                if path.suffix.lower() in AUDIO_SUFFIXES or (path.suffix.lower() in OTHER_SUFFIXES and path.stem not in found):
+                    found[path.stem] = path
+        return found
+
+    def find(self, clip_ids: Iterable[str]) -> tuple[dict[str, Path], str]:
+        """The clips that are on disk, by the names that downloaders give them.
+
+        Returns:
+            (clip id -> file; where none is there, one name that was looked for and up to three that are there, else "").
+        """
+        files, clip_ids = self.files(), list(clip_ids)
+        found = {}
+        for clip_id in clip_ids:
+            video, _, start = clip_id.rpartition("_")
+            names = [clip_id, f"Y{clip_id}"]
+            if start.isdigit():
+                names += [f"{clip_id}_{int(start) + 10}", f"{clip_id}.0", f"{clip_id}.000", f"{video}_{start}000", f"{video}_{start}000_{int(start) + 10}000"]
+            if path := next((files[name] for name in names if name in files), None):
+                found[clip_id] = path
+        there = ", ".join(path.name for path in [*files.values()][:3]) or "no sound"
+        return found, "" if found or not clip_ids else f"looked for {clip_ids[0]}.wav (.flac, .mp3, .opus, ...), there is {there}"
 
 
 def find_audiocaps(data_dir: Path) -> AudioCapsFolder:
     """The layout below ``data_dir``; with none there, the paths where the simple one is expected."""
     bases = [data_dir, data_dir / "AUDIOCAPS"]
     places = [place for base in bases for place in (base, base / "csv_files_v1", base / "csv_files_v2")]
-    csv_dir = next((place for place in places if any((place / f"{split}.csv").is_file() for split in SPLITS)), data_dir)
+    csv_dir = next((place for place in places if any((place / f"{split}{end}.csv").is_file() for split in SPLITS for end in ("", "_v2"))), data_dir)
     rates = [path for base in bases for path in base.glob("audio_*Hz") if path.is_dir()]
     rates.sort(key=lambda path: -int("0" + re.sub(r"\D", "", path.name)))                  # of several rates the highest
     audio_dirs = [base / "audio" for base in bases if (base / "audio").is_dir()] + rates
     return AudioCapsFolder(csv_dir, audio_dirs[0] if audio_dirs else data_dir / "audio")
+
+
+def make_clip_id(youtube_id: str, start_time: str) -> str:
+    """``<youtube_id>_<start_time>``, the start in whole seconds where a table has made 30.0 of 30."""
+    return f"{youtube_id}_{re.sub(r'[.]0+$', '', str(start_time))}"
 
 
 def count_rows(path: Path) -> tuple[int, set[str]]:
@@ -172,7 +249,7 @@ def count_rows(path: Path) -> tuple[int, set[str]]:
         reader = csv.DictReader(file)
         if absent := [column for column in CAPTION_COLUMNS if column not in (reader.fieldnames or [])]:
             raise ValueError(f"{path}: column {', '.join(absent)} is missing; AudioCaps' columns are {','.join(CAPTION_COLUMNS)}")
-        ids = [f"{row['youtube_id']}_{row['start_time']}" for row in reader]
+        ids = [make_clip_id(row["youtube_id"], row["start_time"]) for row in reader]
     return len(ids), set(ids)
 
 
@@ -281,7 +358,15 @@ def check_waveform(waveform: np.ndarray, sampling_rate: int, name: str = "wavefo
     Raises:
         AudioError: not one-dimensional, empty, shorter than 0.05 s, silent, or with NaN or infinite samples.
     """
-    waveform = np.asarray(waveform, dtype=np.float32)
+    if isinstance(waveform, torch.Tensor):
+        waveform = waveform.detach().cpu().float().numpy() if waveform.is_floating_point() else waveform.cpu().numpy()
+    waveform = np.asarray(waveform)
+    if waveform.dtype.kind in "iu":                                                 # a file's integers: full scale is 1
+        full = 2.0 ** (8 * waveform.dtype.itemsize - 1)
+        waveform = (waveform - (full if waveform.dtype.kind == "u" else 0)) / full
+    if waveform.dtype.kind != "f":
+        raise AudioError(f"{name}: samples of type {waveform.dtype}; give floats in [-1, 1] or integers")
+    waveform = waveform.astype(np.float32)
     if waveform.ndim != 1:
         raise AudioError(f"{name}: expected mono samples of shape (samples,), got {waveform.shape}; average the channels")
     if len(waveform) < SHORTEST_S * sampling_rate:
@@ -348,10 +433,10 @@ def load_split(profile: Profile, split: str) -> Split:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     rows = read_captions(find_audiocaps(profile.data_dir).csv(split))
-    rows = rows.assign(clip_id=rows.youtube_id + "_" + rows.start_time)
+    rows = rows.assign(clip_id=list(map(make_clip_id, rows.youtube_id, rows.start_time)))
     captions = rows.groupby("clip_id", sort=False).caption.agg(list)
     if profile.max_clips:
-        captions = captions[: profile.max_clips[split]]
+        captions = captions[: profile.max_clips.get(split)]
     build = _mini_split if (profile.data_dir / "scenes.csv").is_file() else _audiocaps_split
     return build(profile.data_dir, split, rows.drop_duplicates("clip_id").set_index("clip_id").loc[captions.index], captions)
 
@@ -377,12 +462,12 @@ def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Ser
 
 def _audiocaps_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Series) -> Split:
     folder = find_audiocaps(data_dir)
-    on_disk = folder.files()
+    on_disk, told = folder.find(captions.index)
     present = [clip_id for clip_id in captions.index if clip_id in on_disk]
     missing = tuple(clip_id for clip_id in captions.index if clip_id not in on_disk)
     if not present:
-        raise FileNotFoundError(f"{folder.audio_dir}: none of the {len(captions)} clips of split '{split}' is there; "
-                                "files are named <youtube_id>_<start_time>.wav, .flac, .mp3, .opus, ...")
+        raise FileNotFoundError(f"{folder.audio_dir}: none of the {len(captions)} clips of split '{split}' is there: {told}; "
+                                "name the files <youtube_id>_<start_time>")
     return Split(split, present, list(captions[present]), rows.loc[present].reset_index(drop=True),
                  lambda index: read_audio(on_disk[present[index]], READ_S), missing,
                  tuple(on_disk[clip_id] for clip_id in present))
