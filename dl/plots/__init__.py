@@ -1,6 +1,4 @@
 """Figures, a slider over them, sound players: one function a figure; ``style`` is what they share."""
-from dl.plots.captions import label_gains, plot_caption_scores, plot_gains, plot_label_gains, plot_losses
-from dl.plots.comparison import plot_systems, plot_trade_off
 from dl.plots.data import (
     envelope_frame,
     plot_alignment,
@@ -22,9 +20,7 @@ from dl.plots.style import COLOURS, COLUMN, GREY, MARKERS, PAGE, house_style, pa
 
 __all__ = [
     "COLOURS", "COLUMN", "GREY", "MARKERS", "PAGE", "audio_player", "envelope_frame", "figure_slider", "gap_plane", "house_style",
-    "label_gains", "live_front_end", "panels", "plot_alignment", "plot_caption_scores", "plot_circles",
-    "plot_gains", "plot_label_gains", "plot_losses",
+    "live_front_end", "panels", "plot_alignment", "plot_circles",
     "plot_maps", "plot_place", "plot_planes", "plot_recordings", "plot_scene",
-    "plot_systems", "plot_trade_off",
     "plot_waveform", "points_frame", "save_figure", "scatter_roles", "set_style", "thread_clip",
 ]
