@@ -1,144 +1,108 @@
-"""The README says what the files under results/mini say, and names every deviation that the code marks."""
+"""The README's figures are those of the files it names, its code runs, and it lists every deviation that the code marks."""
 from __future__ import annotations
 
 import re
 import runpy
-import warnings
 
 import pandas as pd
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 
-from dl.config import REPO, get_profile
-from dl.report.cards import CARDS
-from dl.report.claims import VERDICT_RULES, judge
-from dl.report.readme import BLOCKS, render
-from dl.report.summaries import STORY, gap_table
+from dl.config import REPO
+from dl.report import interval
 
+TEXT = (REPO / "README.md").read_text(encoding="utf-8")
 MINI = REPO / "results/mini"
+LINK, RIDGE, RAW = ({"system": name, "space": "text"} for name in ("diffusion_link", "ridge", "raw"))
+ZERO, SUPERVISED = {"experiment": "zero_shot"}, {"experiment": "supervised"}
+FIGURES = [        # what the section "What came out" says: file, row, column, form of the number or of the interval
+    ("table2", RAW | ZERO, "cider_d", ".3f", "0.308"), ("table2", LINK | ZERO, "cider_d", ".3f", "0.380"),
+    ("table2", LINK | ZERO, "cider_d_relative_gain", "interval", "+23.3 % [+7.0 %, +43.1 %]"),
+    ("table2", LINK | ZERO, "cider_d_minus_ridge", "interval", "+0.021 [-0.023, +0.068]"),
+    ("table2", RIDGE | ZERO, "cider_d", ".3f", "0.359"),
+    ("table2", RAW | SUPERVISED, "cider_d", ".3f", "0.332"), ("table2", LINK | SUPERVISED, "cider_d", ".3f", "0.343"),
+    ("table2", LINK | SUPERVISED, "cider_d_relative_gain", "interval", "+3.3 % [-15.6 %, +21.5 %]"),
+    ("table1", RAW, "pair_cosine", ".3f", "0.417"), ("table1", LINK, "pair_cosine", ".3f", "0.475"),
+    ("table1", RAW, "rmg", ".3f", "0.378"), ("table1", LINK, "rmg", ".3f", "0.355"), ("table1", RIDGE, "rmg", ".3f", "0.356"),
+    ("table1", {"system": "text_floor"}, "pair_cosine", ".3f", "0.797"), ("table1", {"system": "text_floor"}, "rmg", ".3f", "0.174"),
+    ("table1", RAW, "recall_at_10", ".3f", "0.483"), ("table1", LINK, "recall_at_10", ".3f", "0.481"),
+]
+PAPERS = ["+52.5 %", "+7.5 %"]                 # quoted from the paper's abstract
 
 
-def python_block(text: str, after: str) -> str:
-    """The first Python block below a heading."""
-    return re.search(r"```python\n(.*?)```", text.split(f"{after}\n", 1)[1], re.DOTALL)[1]
+def row_of(file: str, where: dict[str, str]) -> pd.Series:
+    """The one row of a table of ``results/mini`` with these cells."""
+    table = pd.read_csv(MINI / f"{file}.csv")
+    for column, value in where.items():
+        table = table[table[column] == value]
+    assert len(table) == 1, where
+    return table.iloc[0]
 
 
-def test_readme_is_in_step_with_the_results():
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    assert render(text, MINI) == text, "README.md is out of step: run python -m dl readme"
+def section(title: str) -> str:
+    """The text below a heading, up to the next one of its kind."""
+    return TEXT.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_changed_figure_would_be_seen(block):
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"<!-- {block}:start[^>]*-->\n(.*?)<!-- {block}:end -->", text, re.DOTALL)
-    changed = text[: found.start(1)] + found[1].replace("0", "1") + text[found.end(1):]
-    assert changed != text and render(changed, MINI) == text
+@pytest.mark.parametrize(("file", "where", "column", "form", "shown"), FIGURES)
+def test_a_figure_is_that_of_its_file(file, where, column, form, shown):
+    row = row_of(file, where)
+    ends = [row[column + end] for end in ("", "_ci_low", "_ci_high")]
+    expected = interval(*ends, form="+.1%" if "%" in shown else "+.3f") if form == "interval" else format(row[column], form)
+    assert shown == expected and shown in section("What came out")
 
 
-def test_a_missing_marker_is_refused():
-    with pytest.raises(ValueError, match="lacks the markers"):
-        render("no markers here", MINI)
+def test_no_other_figure_is_told():
+    told = section("What came out")
+    for shown in sorted([figure[-1] for figure in FIGURES] + PAPERS, key=len, reverse=True):
+        told = told.replace(shown, "")
+    assert not re.search(r"\d\.\d|\d %", told.replace("95 %", ""))
+    paper = pd.read_csv(REPO / "results/paper.csv", dtype=str, keep_default_na=False).set_index("claim").value
+    assert PAPERS == [f"+{paper[claim]} %" for claim in ("C3", "C4")]
 
 
-def test_every_deviation_in_code_is_in_the_readme_and_the_other_way_round():
+def test_the_verdicts_are_those_of_the_claims():
+    verdicts = pd.read_csv(MINI / "claims.csv").set_index("id").verdict
+    assert verdicts.to_dict() == {"C1": "not_supported", "C2": "not_supported", "C3": "supported", "C4": "partly_supported",
+                                  "C5": "supported", "C6": "not_tested"}, "the README's first line of results says so"
+
+
+def test_times_and_memory_are_those_of_the_files():
+    timing = pd.read_csv(MINI / "timing.csv", dtype={"stage": str})
+    default = timing[timing.stage.str.isdigit()]
+    assert f"{default.wall_s.sum():,.0f} s in all" in TEXT and f"{default.peak_memory_mb.max() / 1000:.1f} GB of memory" in TEXT
+    gpu = pd.read_csv(REPO / "results/bench_gpu.csv").set_index(["section", "name"]).sort_index()
+    peaks = [gpu.loc[place].query(f"batch == {batch}").value.item() for place, batch in (
+        (("llama_train", "peak_memory_checkpointed"), 16), (("llama_generate", "peak_memory_beam_4"), 64))]
+    hours = gpu.loc[("estimate", "total")].value.item()
+    assert (f"16 captions with gradient checkpointing takes {peaks[0]:.1f} GiB, beam search of 64 sequences {peaks[1]:.1f} GiB, and a "
+            f"default run is estimated at {hours:.1f} h") in " ".join(TEXT.split())
+
+
+def test_it_is_short_and_its_links_lead_somewhere():
+    assert len(TEXT.splitlines()) <= 230 and len(TEXT.split()) <= 2500
+    assert all((REPO / path).exists() for path in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", TEXT))
+
+
+def test_every_module_of_dl_has_its_place():
+    modules = {path.stem for path in (REPO / "dl").glob("*.py") if not path.stem.startswith("__")} | {"plots"}
+    table = section("Where things are").split("| `dl/` |", 1)[1]
+    assert {name for line in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", line)} == modules
+
+
+def test_marks_in_code_and_differences_agree():
     marked = {name for path in (REPO / "dl").rglob("*.py") for name in re.findall(r"DEVIATION\(([\w-]+)\)", path.read_text(encoding="utf-8"))}
-    listed = set(re.findall(r"^\| `([\w-]+)` \|", (REPO / "README.md").read_text(encoding="utf-8").split("## Differences from the paper")[1], re.MULTILINE))
-    assert marked and marked == listed
-
-
-@pytest.mark.parametrize(("system", "metric"), [("raw", "pair_cosine"), ("diffusion_link", "centroid_gap"), ("ridge", "recall_at_10")])
-def test_table1_repeats_the_means_of_the_single_runs(system, metric):
-    table = pd.read_csv(MINI / "table1.csv")
-    rows = pd.read_csv(MINI / "metrics.csv", dtype={"seed": str, "noise_seed": str})
-    runs = rows[(rows.experiment == "gap") & (rows.split == "test") & (rows.system == system) & (rows.metric == metric)
-                & (rows.space == "text") & (rows.seed != "all")]
-    assert len(runs) == (15 if system == "diffusion_link" else 1)
-    cell = table.loc[(table.system == system) & (table.space == "text"), metric].item()
-    assert cell == pytest.approx(runs.value.mean(), abs=1e-9)
-
-
-@pytest.mark.parametrize("claim", ["C1", "C2", "C5"])
-def test_verdicts_follow_from_the_metrics(claim):
-    from dl.store import MetricsFile
-
-    rule = next(rule for rule in VERDICT_RULES if rule.id == claim)
-    judged = judge(rule, MetricsFile(get_profile("mini", results_root=REPO / "results")).frame(), "mini")
-    written = pd.read_csv(MINI / "claims.csv", dtype=str).set_index("id")
-    assert judged["verdict"] == written.verdict[claim] != "not_tested"
-
-
-def test_search_gave_every_tuned_system_the_same_budget():
-    search = pd.read_csv(MINI / "search.csv")
-    from dl.experiments import FITS, INFERENCE
-    from dl.peers import REGISTRY
-
-    for system in (*FITS, "diffusion_link_ddim"):
-        trials = search[search.system == system]
-        assert trials.trial.nunique() == len(FITS.get(system, [{}])) * len(INFERENCE.get(system, [{}])) >= 8
-        best = trials[trials.metric == "rmg"]
-        assert best.loc[best.chosen == 1, "value"].item() == best.value.min()
-    trained = search[search.train_steps > 0]
-    assert trained.train_steps.nunique() == 1 and set(trained.system) == {name for name in (*FITS, "diffusion_link_ddim") if REGISTRY[name].trained} and set(search.split) == {"val"}
-
-
-def test_the_readme_tells_the_story_and_the_tables_hold_every_row():
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    shown = set(re.findall(r"^\| `(\w+)` \|", gap_table(MINI, STORY), re.MULTILINE))
-    every = set(re.findall(r"^\| `(\w+)` \|", gap_table(MINI), re.MULTILINE))
-    assert shown == set(STORY) & every < every
-    assert all(name in (MINI / "table1.md").read_text(encoding="utf-8") for name in every)
-    assert all((REPO / path).exists() for path in re.findall(r"\]\((?!https?:|#)([^)#]+)\)", text))
+    assert marked and marked == set(re.findall(r"^\| `([\w-]+)` \|", section("Differences from the paper"), re.MULTILINE))
 
 
 def test_own_embeddings_in_ten_lines(tmp_path, monkeypatch):
-    block = python_block((REPO / "README.md").read_text(encoding="utf-8"), "### Your own embeddings")
-    assert len([line for line in block.splitlines() if line]) <= 10
-    generator = torch.Generator().manual_seed(0)
+    block = re.search(r"```python\n(.*?)```", TEXT.split("### Your own embeddings\n", 1)[1], re.DOTALL)[1]
+    assert len([line for line in block.splitlines() if line]) <= 10 and "train_steps=600" in block
     text_clip = torch.arange(40).repeat_interleave(2)
-    audio = torch.randn(40, 8, generator=generator)
+    audio = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     monkeypatch.chdir(tmp_path)
     save_file({"audio": audio, "text": audio[text_clip] + 1, "text_clip": text_clip}, "pairs.safetensors")
-    assert "train_steps=600" in block
     (tmp_path / "block.py").write_text(block.replace("train_steps=600", "train_steps=4"))
-    names = runpy.run_path("block.py")
-    assert names["bridged"].shape == (40, 8)
-    assert torch.allclose(names["bridged"].norm(dim=1), torch.ones(40), atol=1e-5)
-
-
-@pytest.mark.parametrize("name", CARDS)
-def test_cards_are_in_step_and_in_the_hubs_format(name):
-    text = (MINI / "checkpoints" / name / "README.md").read_text(encoding="utf-8")
-    assert CARDS[name](MINI) == text, "the card is out of step: run python -m dl readme"
-    from huggingface_hub import ModelCard
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data = ModelCard(text).data
-    front = yaml.safe_load(text.split("---\n")[1])
-    assert {"license", "library_name", "tags", "datasets", "model-index"} <= set(front)
-    assert data.license == "mit" and {result.metric_type for result in data.eval_results} & {"rmg", "cider_d"}
-    assert (name == "captioner") == ("base_model" in front)
-    for section in ("## Use", "## Training", "## Measured", "## Limits", "## Licence", "## Put it on the hub"):
-        assert section in text
-
-
-@pytest.mark.parametrize(("name", "answer"), [("bridge", "bridged_emb"), ("captioner", "captions")])
-def test_the_use_that_a_card_shows_works(name, answer, tmp_path, monkeypatch):
-    monkeypatch.chdir(REPO)
-    (tmp_path / "use.py").write_text(python_block((MINI / "checkpoints" / name / "README.md").read_text(encoding="utf-8"), "## Use"))
-    names = runpy.run_path(str(tmp_path / "use.py"))
-    assert len(names[answer]) == 1
-    assert isinstance(names[answer][0], str) if name == "captioner" else names[answer].shape == (1, 256)
-
-
-def test_a_card_of_other_figures_would_be_seen(tmp_path):
-    for file in ("table1.csv", "table2.csv", "metrics.csv", "checkpoints/bridge/config.json"):
-        (tmp_path / "mini" / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mini" / file).write_bytes((MINI / file).read_bytes())
-    table = pd.read_csv(MINI / "table1.csv", dtype=str, keep_default_na=False)
-    table.loc[table.system == "diffusion_link", "rmg"] = "0.123"
-    table.to_csv(tmp_path / "mini/table1.csv", index=False)
-    assert "0.123" in CARDS["bridge"](tmp_path / "mini") != CARDS["bridge"](MINI)
+    bridged = runpy.run_path("block.py")["bridged"]
+    assert bridged.shape == (40, 8) and torch.allclose(bridged.norm(dim=1), torch.ones(40), atol=1e-5)
