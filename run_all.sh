@@ -5,17 +5,25 @@
 #   ./run_all.sh test --slow --write-reliability       also writes results/reliability.csv
 # DL_SETTINGS=my.toml names a file with your own paths and sizes (dl/config.py), DL_RESULTS another results folder.
 # PYTHON=/path/to/python3.11 chooses the interpreter that .venv is made from.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"      # sh run_all.sh
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)"
-cd "$root"
+root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)"
+cd -- "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 venv="$root/.venv"
+unset PIP_TARGET PIP_PREFIX PIP_ROOT PYTHONHOME      # of another environment
 
 say() { printf 'run_all: %s\n' "$*"; }
 fail() { printf 'run_all: %s\n' "$*" >&2; exit 1; }
 right_version() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1; }
 has_pins() { right_version "$1" && "$1" -m dl check --pins-only >/dev/null 2>&1; }
 lock_hash() { "$1" -c 'import hashlib; print(hashlib.sha256(open("requirements.lock", "rb").read()).hexdigest())'; }
+
+# Whether a process is another run_all.sh. A number left over from a container that was stopped may be this script's own.
+is_install() {
+  [[ $1 =~ ^[0-9]+$ && $1 != "$$" && $1 != "$PPID" ]] && kill -0 "$1" 2>/dev/null &&
+    { cat "/proc/$1/cmdline" 2>/dev/null || ps -p "$1" -o command= 2>/dev/null; } | grep -qa run_all
+}
 
 # step LABEL COMMAND...: run quietly into the log, with a line of life every half minute
 step() {
@@ -53,7 +61,7 @@ install() {
   local began=$SECONDS base owner pip clear=
   if [[ -f "$venv/.installing" ]]; then
     owner="$(cat "$venv/.installing")"
-    if [[ -n $owner ]] && kill -0 "$owner" 2>/dev/null; then
+    if is_install "$owner"; then
       fail "another run_all.sh (process $owner) is installing into .venv: wait for it"
     fi
     clear=--clear      # an install that was cut off is done again
@@ -69,7 +77,7 @@ install() {
   fi
   echo "$$" >"$venv/.installing"
   rm -f "$venv/.lock-sha256"
-  pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off)
+  pip=("$venv/bin/python" -m pip install --no-user --disable-pip-version-check --no-input --progress-bar off)
   step "1 of 3: torch and what it needs" "${pip[@]}" -c requirements.lock "$(grep '^torch==' requirements.lock)"
   step "2 of 3: the other packages, at the versions of requirements.lock" "${pip[@]}" --no-deps -r requirements.lock
   step "3 of 3: this package" "${pip[@]}" --no-deps --no-build-isolation -e .
@@ -79,7 +87,22 @@ install() {
   say "installed in $(( SECONDS - began )) s"
 }
 
-# An active environment with the right versions is used as it is; else .venv, made or mended if its stamp is not that of the lock.
+# --help, --list and wrong options are answered by any Python from 3.11 on, before an install.
+answer='import sys; from dl.__main__ import answer; sys.exit(answer(sys.argv[1:]))'      # 0, or 100 + the exit code
+any_python=
+for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3 python; do
+  if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+    any_python="$candidate"
+    break
+  fi
+done
+if [[ -n $any_python && ${1:-} != test && ${1:-} != check ]]; then
+  code=0
+  PYTHONDONTWRITEBYTECODE=1 "$any_python" -c "$answer" run "$@" || code=$?      # another code: the install finds out why
+  (( code < 100 )) || exit $(( code - 100 ))
+fi
+
+# An active environment with the right versions is used as it is; else .venv, made anew if its stamp is not the lock's.
 python=
 for candidate in ${PYTHON:+"$PYTHON"} python3 python; do
   if has_pins "$candidate"; then
@@ -90,7 +113,11 @@ done
 if [[ -z $python ]]; then
   python="$venv/bin/python"
   if ! right_version "$python" || [[ "$(cat "$venv/.lock-sha256" 2>/dev/null)" != "$(lock_hash "$python")" ]]; then
-    install
+    if [[ ${1:-} == check && -n $any_python ]]; then
+      right_version "$python" || python="$(command -v "$any_python")"      # it says what is missing
+    else
+      install
+    fi
   fi
 fi
 export PATH="$(dirname "$python"):$PATH"
@@ -98,7 +125,7 @@ export PATH="$(dirname "$python"):$PATH"
 case "${1:-}" in
   test)
     shift
-    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"     # files side by side, a thread each
+    export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"     # a thread for each file
     exec "$python" -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   check) exec "$python" -m dl "$@" ;;

@@ -1,11 +1,13 @@
-"""``python -m dl`` with check, caption, demo, run (what ``./run_all.sh`` calls), embed and fit (for ``accelerate launch``)."""
+"""``python -m dl``: check, caption, demo, run (what ``./run_all.sh`` calls), embed and fit (under accelerate)."""
 from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
+from pathlib import Path
 
-from dl.config import PROFILES, get_profile
+from dl.config import AUDIO_SUFFIXES, PROFILES, get_profile
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,22 +17,28 @@ def parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
     check.add_argument("--profile", choices=PROFILES, default="mini")
-    check.add_argument("--pins-only", action="store_true", help="only compare the installed versions with pyproject.toml")
+    check.add_argument("--pins-only", action="store_true", help="only compare the versions with pyproject.toml")
 
-    caption = commands.add_parser("caption", help="captions of your own sound files, one for each 10 s")
-    caption.add_argument("files", nargs="+", metavar="FILE", help="any file that soundfile reads, of any length, rate and number of channels")
-    caption.add_argument("--no-bridge", action="store_true", help="feed the raw audio vectors to the captioner, to hear what the bridge does")
-    caption.add_argument("--json", action="store_true", help="one JSON list: file, start_s, end_s, caption; file, error")
+    caption = commands.add_parser("caption", help="captions of your own sound files, one for each 10 s",
+                                  allow_abbrev=False)
+    caption.add_argument("files", nargs="+", metavar="FILE",
+                         help="any file that soundfile reads, of any length, rate and number of channels")
+    caption.add_argument("--no-bridge", action="store_true",
+                         help="feed the raw audio vectors to the captioner, to hear what the bridge does")
+    caption.add_argument("--json", action="store_true", help="one JSON list: file, start_s, end_s, caption or error")
     caption.add_argument("--profile", choices=PROFILES, default="mini", help="whose checkpoints are used")
 
-    demo = commands.add_parser("demo", help="a page on 127.0.0.1: drop a sound, see and hear it, read its captions (pip install -e \".[demo]\")")
+    demo = commands.add_parser("demo", help="a page on 127.0.0.1: drop a sound, see and hear it, read its captions "
+                                            "(pip install -e \".[demo]\")")
     demo.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
     demo.add_argument("--profile", choices=PROFILES, default="mini", help="whose checkpoints are used")
 
     run = commands.add_parser("run", prog="./run_all.sh", help="run the notebooks that are not up to date",
-                              description="Run every notebook that is not up to date. Also: ./run_all.sh test [--slow] runs the tests, "
-                                          "./run_all.sh check looks at the environment.")
-    run.add_argument("--profile", choices=PROFILES, default="mini", help="smoke (minutes), mini (default) or paper (AudioCaps; your own paths by DL_SETTINGS=my.toml, see README)")
+                              description="Run every notebook that is not up to date. Also: ./run_all.sh test "
+                                          "[--slow] runs the tests, ./run_all.sh check looks at the environment.")
+    run.add_argument("--profile", choices=PROFILES, default="mini",
+                     help="smoke (minutes), mini (default) or paper (AudioCaps; your own paths by "
+                          "DL_SETTINGS=my.toml, see README)")
     run.add_argument("--only", nargs="+", metavar="NN", help="run these stages alone, A1, A2 and A3 included")
     run.add_argument("--from", dest="start", metavar="NN", help="leave out the stages before NN")
     run.add_argument("--seeds", type=int, metavar="N", help="training seeds 0 .. N-1 in place of the profile's")
@@ -38,15 +46,17 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("-p", dest="extra", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                      help="another parameter of the notebooks, as papermill takes it: -p num_beams 1")
     run.add_argument("--force", action="store_true", help="run them even if nothing changed")
-    run.add_argument("--dry-run", action="store_true", help="say RUN or SKIP for each stage, with the reason, and run nothing")
+    run.add_argument("--dry-run", action="store_true", help="say RUN or SKIP for each stage, and why; run nothing")
     run.add_argument("--list", action="store_true", help="list the stages, what each reads and makes")
 
-    embed = commands.add_parser("embed", help="embed all clips and captions into the cache, in several processes under accelerate launch")
+    several = "in several processes under accelerate launch"
+    embed = commands.add_parser("embed", help=f"embed all clips and captions into the cache, {several}")
     embed.add_argument("--profile", choices=PROFILES, default="mini")
 
-    fit = commands.add_parser("fit", help="train one caption decoder into the cache, in several processes under accelerate launch")
+    fit = commands.add_parser("fit", help=f"train one caption decoder into the cache, {several}")
     fit.add_argument("--profile", choices=PROFILES, default="mini")
-    fit.add_argument("--decoder", default="text", metavar="NAME", help="text (notebook 07; the default), raw or diffusion_link (notebook 08)")
+    fit.add_argument("--decoder", default="text", metavar="NAME",
+                     help="text (notebook 07; the default), raw or diffusion_link (notebook 08)")
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="training seed (default 0)")
     return top
 
@@ -59,44 +69,72 @@ def literal(text: str) -> object:
         return text
 
 
+def dashed(arguments: list[str]) -> list[str]:
+    """Put ./ before each sound file whose name begins with a dash, as one YouTube id in 64 does."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = ("-h", "--help", "--json", "--no-bridge", "--profile")
+    return [f"./{text}" if text.startswith("-") and text not in options
+            and (os.path.lexists(text) or Path(text).suffix.lower() in AUDIO_SUFFIXES) else text
+            for text in arguments[:end]] + arguments[end:]
+
+
+def answer(arguments: list[str]) -> int:
+    """For ``run_all.sh`` before an install: 0 if there is something to run, else 100 + the answer's exit code."""
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as end:                                      # --help or a wrong option
+        return 100 + int(end.code or 0)
+    return 100 + main(arguments) if options.list else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and do what it says; returns the exit code."""
-    options = parser().parse_args(arguments)
+    try:
+        code = command(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:                                        # ... | head: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def command(arguments: list[str]) -> int:
+    """What :func:`main` does, but for a closed pipe."""
+    options = parser().parse_args(dashed(arguments) if arguments[:1] == ["caption"] else arguments)
     try:
         profile = get_profile(options.profile)
-    except (FileNotFoundError, ValueError) as error:               # the file that DL_SETTINGS names
+    except (FileNotFoundError, ValueError) as error:               # the file that DL_SETTINGS names, or no repository
         print(error, file=sys.stderr)
         return 2
+
     if options.command == "check":
         from dl.check import check
 
         return check(profile, options.pins_only)
-
     if options.command == "caption":
         from dl.caption_files import caption_files
 
         return caption_files(options.files, profile, not options.no_bridge, options.json)
-
     if options.command == "demo":
         from dl.caption_files import serve
 
         return serve(profile, options.port)
-
     if options.command in ("embed", "fit"):
         from dl.run import embed, fit
 
         try:
             return embed(profile) if options.command == "embed" else fit(profile, options.decoder, options.seed)
-        except (FileNotFoundError, ValueError, RuntimeError) as error:       # each says what to do; lacking memory is a RuntimeError
+        except (FileNotFoundError, ValueError, RuntimeError) as error:       # each says what to do
             print(f"{options.command}: {error}", file=sys.stderr)
             return 1
 
-    from dl.run import STAGES, Run, list_stages, run_stages
+    from dl.run import Run, list_stages, run_stages
 
     if options.seeds is not None and options.seeds < 1:
         print("run_all: --seeds takes a number of at least 1", file=sys.stderr)
         return 2
-    run = Run(profile, STAGES, full=options.full, seeds=options.seeds, extra={name: literal(value) for name, value in options.extra})
+    extra = {name: literal(value) for name, value in options.extra}
+    run = Run(profile, full=options.full, seeds=options.seeds, extra=extra)
     if options.list:
         list_stages(run)
         return 0

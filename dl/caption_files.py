@@ -113,18 +113,7 @@ def bridged(link: DiffusionLink, audio_emb: torch.Tensor) -> torch.Tensor:
 
 
 def load_captions(profile: Profile, bridge: bool = True) -> Captions:
-    """Load the profile's encoder, bridge and captioner.
-
-    Args:
-        profile: its ``results_dir/checkpoints`` holds ``bridge`` and ``captioner``.
-        bridge: False feeds the raw audio vectors to the captioner.
-
-    Returns:
-        a function: list of waveforms (samples,) float32 at 48 kHz -> list of captions.
-
-    Raises:
-        MissingWeights: see :func:`load_models`.
-    """
+    """:func:`load_models` as a function of waveforms (samples,) float32 at 48 kHz; ``bridge=False`` leaves the bridge out."""
     encoder, link, captioner = load_models(profile, bridge)
 
     def captions(waveforms: list[np.ndarray]) -> list[str]:
@@ -181,34 +170,46 @@ def caption_file(path: str | Path, captions: Captions) -> Iterator[dict]:
 def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = True, as_json: bool = False) -> int:
     """What ``python -m dl caption`` does: a line a window on stdout, a line a failed file on stderr.
 
-    With ``as_json`` one JSON list on stdout: an entry a window, and ``{"file", "error"}`` for a file that failed.
+    With ``as_json`` one whole JSON list on stdout, however it ends: an entry a window, and ``{"file", "error"}`` for a
+    file that failed.
 
     Returns:
         Exit code: 0, or 1 if a file failed or the weights are missing.
     """
+    entries: list[dict] = []
     try:
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():      # stdout is for captions, stderr for files
-            warnings.simplefilter("ignore")
-            captions = load_captions(profile, bridge)
-    except (MissingWeights, ModuleNotFoundError, ValueError, OSError) as error:     # absent, or damaged: each says what to do
-        print(f"caption: {printable(str(error))}", file=sys.stderr)
-        return 1
-    entries, failed = [], 0
-    for path in paths:
         try:
-            for entry in caption_file(path, captions):
-                entries.append(entry)
-                if not as_json:
-                    text = printable(entry["caption"]) if entry["caption"] is not None else f"({entry['note']})"
-                    print(f"{printable(str(path))}  {clock(entry['start_s'])}-{clock(entry['end_s'])}  {text}", flush=True)
-        except ValueError as error:                                                 # AudioError, or vectors that a model refuses
-            failed = 1
-            reason = str(error).removeprefix(f"{Path(path)}: ")
-            entries.append({"file": str(path), "error": reason})
-            print(f"caption: {printable(f'{Path(path)}: {reason}')}", file=sys.stderr, flush=True)
-    if as_json:
-        print(json.dumps(entries, indent=1))
-    return failed
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():      # stdout is for captions
+                warnings.simplefilter("ignore")
+                captions = load_captions(profile, bridge)
+        except Exception as error:                     # absent, damaged, no memory, no disk: each says what to do
+            entries += [{"file": str(path), "error": str(error)} for path in paths]
+            print(f"caption: {printable(one_line(error))}", file=sys.stderr)
+            return 1
+        for path in paths:
+            try:
+                for entry in caption_file(path, captions):
+                    entries.append(entry)
+                    if not as_json:
+                        text = printable(entry["caption"]) if entry["caption"] is not None else f"({entry['note']})"
+                        times = f"{clock(entry['start_s'])}-{clock(entry['end_s'])}"
+                        print(f"{printable(str(path))}  {times}  {text}", flush=True)
+            except BrokenPipeError:
+                raise
+            except Exception as error:                 # this file's sound, a vector that a model refuses, lacking memory
+                reason = one_line(error).removeprefix(f"{Path(path)}: ")
+                entries.append({"file": str(path), "error": reason})
+                print(f"caption: {printable(f'{Path(path)}: {reason}')}", file=sys.stderr, flush=True)
+    finally:
+        if as_json:
+            print(json.dumps(entries, indent=1))
+    return int(any("error" in entry for entry in entries))
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line; of one that is not meant for users its kind too."""
+    words = str(error) if isinstance(error, ValueError | OSError | ImportError) else f"{type(error).__name__}: {error}"
+    return words if "\n" not in words else " ".join(words.split())
 
 
 def clock(seconds: float) -> str:

@@ -8,6 +8,7 @@ same bytes as one that was never stopped.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+import joblib
 import numpy as np
 import pandas as pd
 import torch
@@ -63,16 +65,25 @@ def side_by_side(function: Callable, parts: Iterable[tuple], processes: int = 0,
     Raises:
         Exception: what the first failing call raised; calls that have not begun are left out.
     """
-    parts, cores = list(parts), os.cpu_count() or 1
+    parts, cores = list(parts), joblib.cpu_count()                  # those that this process may use: affinity, cgroups
     wanted = processes or (len(parts) if len(parts) < 2 * cores else cores)          # three parts on two cores: together, not two and then one
     count = 1 if torch.accelerator.is_available() else min(wanted, len(parts), int(MEMORY_GB / gb_each))
-    if count < 2:
+    if count < 2 or not _semaphores():
         return [function(*part) for part in parts]
     try:
         with parallel_config("loky", inner_max_num_threads=max(1, cores // count)):
             return Parallel(count, batch_size=1, pre_dispatch=count)(delayed(_call)(function, part, os.getpid()) for part in parts)
     finally:
         get_reusable_executor().shutdown(kill_workers=True)                 # idle ones would keep their memory
+
+
+def _semaphores() -> bool:
+    """Whether processes can wait for each other here; without a /dev/shm they cannot."""
+    try:
+        multiprocessing.Lock()
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def _call(function: Callable, part: tuple, parent: int) -> object:

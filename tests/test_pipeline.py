@@ -15,12 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dl import run as runner
 from dl.__main__ import literal
 from dl.config import REPO, get_profile
-from dl import run as runner
-from dl.run import StageError, parameter_names, recipes
-from dl.run import run_stages, seconds_text
-from dl.run import STAGES, Run, Stage
+from dl.run import STAGES, Run, Stage, StageError, parameter_names, recipes, run_stages, seconds_text
 
 SETUP = """
 import os, time
@@ -121,18 +119,20 @@ def test_second_run_skips_all_and_each_change_has_its_reason(toy, capsys):
     assert after(metrics, metrics.read_text() + "gap,ridge,test,rmg,0,0,text,,toy,.4\n") == {"01": None, "02": None}     # somebody else's row
     source = notebooks / "01_first.ipynb"
     assert after(source, source.read_text().replace("ran('01')", "ran('01') ")) == {"01": "notebooks/01_first.ipynb changed"} | first
-    assert after(source, source.read_text().replace("A title", "Title"))["01"] == "the text of notebooks/01_first.ipynb changed"
+    assert after(source, source.read_text().replace("A title", "Title")) == {"01": None, "02": None}        # words decide nothing
     assert plan(toy) == {"01": None, "02": None}
     longer = Run(get_profile("smoke", data_dir=toy.profile.data_dir, bootstrap_samples=7), STAGES_3, toy.root)
     assert plan(longer)["01"] == "profile smoke changed"
 
-    write_notebook(source, SETUP, FIRST, text="# Another title")         # words alone: 01 runs, 02 sees the same numbers and does not
+    (toy.root / "data/link").symlink_to(toy.root / "data/sounds")         # data behind a link are read too; a loop is entered once
+    (toy.root / "data/sounds/loop").symlink_to(toy.root / "data")
+    assert plan(toy)["01"] == "data/link is new"
+    for name in ("link", "sounds/loop"):
+        (toy.root / "data" / name).unlink()
+
+    write_notebook(source, SETUP, FIRST + "  # other code")
     assert run_stages(toy) == 0
-    assert ran(toy) == "01"
-    (toy.root / "dl/below.py").write_text("VALUE = 8\n")                  # other numbers: both run
-    toy.forget_files()
-    assert run_stages(toy) == 0
-    assert ran(toy) == "01 02"
+    assert ran(toy) == "01 02", "02 reads what 01 read"
 
 
 def test_dry_run_runs_nothing(toy, capsys):
@@ -216,9 +216,7 @@ def test_records_and_last_screen(toy, capsys):
     assert (toy.results / "notebooks/01_first.ipynb").is_file()
     assert not [path for path in toy.results.rglob(".*") if path.name != ".lock"]
     out = capsys.readouterr().out
-    assert re.search(r"raw +7\.000\n", out)
-    assert "other" not in out
-    assert "2 stages run, 0 up to date" in out
+    assert "2 stages run, 0 up to date" in out and "metrics.csv, timing.csv, provenance.json; 0 figures" in out
 
 
 def test_a_failing_notebook_says_where_and_the_run_goes_on_there(toy, capsys):
@@ -251,6 +249,19 @@ def test_a_kernel_that_dies_is_an_error(toy, capsys):
     write_notebook(toy.root / "notebooks/01_first.ipynb", SETUP, "os.kill(os.getpid(), 9)")
     assert run_stages(toy) == 1
     assert "the kernel died" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Kernel didn't respond in 600 seconds"), KeyError("No such kernel named python3")])
+def test_a_kernel_that_does_not_start_is_an_error(toy, capsys, monkeypatch, error):
+    import papermill
+
+    def slow(*_, start_timeout, **__):
+        assert start_timeout >= 300
+        raise error
+    monkeypatch.setattr(papermill, "execute_notebook", slow)
+    assert run_stages(toy) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("run_all: stage 01: the kernel did not start (") and said.count("\n") == 1 and "goes on from here" in said
 
 
 def start(run: Run) -> subprocess.Popen:
