@@ -793,7 +793,8 @@ def write_cards(profile: Profile) -> list[Path]:
         folder, path = profile.results_dir / "checkpoints" / name, profile.results_dir / f"{table}.csv"
         if not folder.is_dir() or not path.is_file():
             continue
-        rows = pd.read_csv(path).query("space == 'text'").drop_duplicates("system").set_index("system").loc[systems]
+        rows = pd.read_csv(path).query("space == 'text'").drop_duplicates("system").set_index("system")
+        rows = rows.reindex(systems)                    # of Table 2 the zero-shot rows, which come first
         ours = rows.loc["diffusion_link"]
         data = ModelCardData(
             model_name=f"diffusion-link-{name}-mini", license="mit", library_name="diffusion-link",

@@ -1,4 +1,4 @@
-"""The README's "Contributing" section, followed step by step on a copy of the package."""
+"""The README's section "Contributing", followed step by step on a copy of the package."""
 from __future__ import annotations
 
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from dl.config import REPO
+from dl.config import REPO, get_profile
 
 SECTION = re.search(r"\n## Contributing\n(.*?)\n## ", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 RECIPES = {title: re.findall(r"```(?:python|toml)\n# ([^\n]+)\n(.*?)```", text, re.DOTALL)
-           for title, text in re.findall(r"\*\*(A peer method|A metric|An encoder)\.\*\*(.*?)(?=\n\*\*A|\nBefore you send|\Z)", SECTION, re.DOTALL)}
+           for title, text in re.findall(r"\*\*(A peer method|An encoder)\.\*\*(.*?)(?=\n\*\*A|\Z)", SECTION, re.DOTALL)}
 
 CHECKS = {
     "A peer method": """
@@ -28,21 +28,6 @@ table = write_table1(profile).set_index("system")
 assert set(table.index) == {"raw", "half_shift"}
 assert float(table.pair_cosine["half_shift"]) != float(table.pair_cosine["raw"])
 assert table.parameters["half_shift"] == 2 * train.audio.shape[1] and table.uses_pairs["half_shift"] == "no"
-""",
-    "A metric": """
-from dl.experiments import score_table
-from dl.bootstrap import make_reference
-from dl.gap import gap_metrics
-from dl.report import write_table1
-from dl.store import MetricsFile
-value = gap_metrics(test.first_text, make_reference(test))["share_close"]
-assert value.shape == (1,) and value[0] == 1.0
-_, rows = score_table(profile, ["raw"], train, test, split, progress=False)
-summary, = [row for row in rows if row["metric"] == "share_close" and row["seed"] == "all" and row["split"] == "test"]
-assert summary["ci_low"] <= summary["ci_high"]
-MetricsFile(profile).add(rows)
-expected = float(((test.audio * test.first_text).sum(1) > 0.5).float().mean())
-assert abs(float(write_table1(profile).share_close.iloc[0]) - expected) < 1e-6
 """,
     "An encoder": """
 import numpy as np
@@ -86,7 +71,7 @@ def follow(steps: list[tuple[str, str]], root: Path) -> None:
         how, target = place.split(" ")
         text = path.read_text(encoding="utf-8")
         line, = re.findall(rf"^{target}\b.*\n", text, re.MULTILINE)          # exactly one: no list stands in two places
-        path.write_text(text.replace(line, lines + line if how == "above" else line + lines), encoding="utf-8")
+        path.write_text(text.replace(line, f"{lines}\n\n{line}" if how == "above" else line + lines), encoding="utf-8")
 
 
 @pytest.fixture
@@ -119,5 +104,14 @@ def test_the_three_steps_are_enough(recipe, copy):
     follow(RECIPES[recipe], copy)
     done = python(copy, CHECKS[recipe], **settings)
     assert done.returncode == 0, done.stderr
-    style = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "dl"], cwd=copy, capture_output=True, text=True, check=False)
+    touched = {where.partition(",")[0] for where, _ in RECIPES[recipe]} - {"my.toml"}
+    style = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", *touched], cwd=copy, capture_output=True, text=True,
+                           check=False)
     assert style.returncode == 0, style.stdout
+
+
+def test_a_language_model_is_a_setting(tmp_path, monkeypatch):
+    name, table = re.search(r"Write `(\w+) = \"\.\.\.\"` under\s+`\[([\w.]+)\]`", SECTION).groups()
+    (tmp_path / "my.toml").write_text(f'[{table}]\n{name} = "somebody/some-llama"\n')
+    monkeypatch.setenv("DL_SETTINGS", str(tmp_path / "my.toml"))
+    assert get_profile("mini").captioner.language_model == "somebody/some-llama"
