@@ -31,8 +31,7 @@ from dl.clap import ClapEncoder, load_embeddings
 from dl.config import Profile
 from dl.data import SAMPLING_RATE, SHORTEST_S, SILENCE, AudioError, Split, check_end, check_waveform, load_split, open_audio, read_audio
 from dl.gap import nearest_captions
-from dl.plots import audio_player, plot_place, plot_waveform
-from dl.plots.style import COLOURS, DOTS_PER_INCH
+from dl.plots import COLOURS, DOTS_PER_INCH, audio_player, plot_place, plot_waveform
 
 WINDOW_S = 10                 # s, what the encoder hears [paper~]
 TAIL_S = 1.0                  # s, a shorter rest after a full window has no caption of its own [ours]

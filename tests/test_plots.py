@@ -24,17 +24,14 @@ from dl.plots import (
     MARKERS,
     PAGE,
     audio_player,
-    envelope_frame,
     figure_slider,
     gap_plane,
-    plot_alignment,
-    plot_circles,
+    panels,
     plot_place,
-    plot_recordings,
-    plot_scene,
     plot_waveform,
-    points_frame,
     save_figure,
+    scatter_roles,
+    style,
     thread_clip,
 )
 
@@ -45,23 +42,29 @@ def close_figures():
     plt.close("all")
 
 
-def circles() -> dict[str, dict[str, np.ndarray]]:
-    points = np.random.default_rng(0).uniform(-1, 1, (3, 5, 2))
-    return {"before": {"audio": points[0], "text": points[1]}, "after": {"bridged": points[2], "text": points[1]}}
+POINTS = {"audio": np.random.default_rng(0).uniform(-1, 1, (5, 2)), "text": np.zeros((5, 2))}
+
+
+def drawn() -> plt.Figure:
+    with style():
+        figure, (axis,) = panels(1)
+        scatter_roles(axis, POINTS, ("audio", "text"))
+        axis.set_xlabel("coordinate 1")
+    return figure
 
 
 def test_save_figure_writes_four_files_and_the_same_bytes_again(results_root):
     profile = get_profile("smoke")
     contents = []
     for _ in range(2):
-        path = save_figure(profile, plot_circles(circles()), "00_test", points_frame(circles()))
+        path = save_figure(profile, drawn(), "00_test", pd.DataFrame(POINTS["audio"], columns=["x", "y"]))
         assert path == results_root / "smoke/figures/00_test.png"
         contents.append({file.name: file.read_bytes() for file in path.parent.iterdir()})
     assert set(contents[0]) == {f"00_test.{suffix}" for suffix in ("pdf", "svg", "png", "csv")}
     assert contents[0] == contents[1]
     assert b"<dc:date>" not in contents[0]["00_test.svg"] and b"CreationDate" not in contents[0]["00_test.pdf"]
     frame = pd.read_csv(path.with_suffix(".csv"))
-    assert len(frame) == 20 and set(frame.role) == {"audio", "text", "bridged"}
+    assert np.allclose(frame, POINTS["audio"], rtol=1e-4)
 
 
 def test_files_are_small_and_look_the_same(results_root):
@@ -88,31 +91,10 @@ def test_files_are_small_and_look_the_same(results_root):
 
 def test_style_is_the_house_s_and_leaves_the_caller_s_alone():
     before = dict(matplotlib.rcParams)
-    figure = plot_circles(circles())
+    figure = drawn()
     assert dict(matplotlib.rcParams) == before
     assert figure.get_figwidth() == PAGE and figure.axes[0].xaxis.label.get_fontsize() == 8
     assert COLOURS == {"audio": "#E69F00", "text": "#0072B2", "bridged": "#009E73"} and len(set(MARKERS.values())) == 3
-
-
-def test_every_figure_of_the_first_notebooks_draws(results_root):
-    profile = get_profile("smoke")
-    split = load_split(profile, "train")
-    mix = split.waveform(0)
-    recordings = pd.read_csv(profile.data_dir / "recordings/recordings.csv", dtype=str)
-    cosines = pd.DataFrame({"kind": ["own", "other"] * 20, "cosine": np.linspace(-1, 1, 40)})
-    recalls = pd.DataFrame([("all", "R@1", 0.2, 0.01), ("all", "R@10", 0.6, 0.1)], columns=["clips", "metric", "value", "chance"])
-    figures = [plot_recordings(recordings), plot_scene({"a": mix / 2}, mix, 48_000), plot_alignment(cosines, recalls)]
-    for number, figure in enumerate(figures):
-        assert save_figure(profile, figure, f"test_{number}", cosines).stat().st_size > 5000
-    bars = [patch.get_width() for container in figures[2].axes[1].containers for patch in container]
-    assert bars == [0.2, 0.6]
-
-
-def test_envelope_frame_holds_the_peak_of_every_10_ms():
-    mix = np.zeros(48_000, np.float32)
-    mix[24_100] = -0.5
-    frame = envelope_frame({"a": mix / 2}, mix, 48_000)
-    assert len(frame) == 100 and frame["the scene"].idxmax() == 50 and frame["the scene"].max() == 0.5 and frame["a"].max() == 0.25
 
 
 def test_audio_player_is_opus_below_24_kbit_a_second():
@@ -199,18 +181,3 @@ def test_plot_place_draws_each_clip_from_raw_to_bridged_on_the_map_of_train():
     assert np.allclose(arrows.XY, by_role["raw"]) and np.allclose(np.stack([arrows.U, arrows.V], 1), by_role["bridged"] - by_role["raw"])
     wanted = gap_plane({"text": points["text"][::2], "raw": raw}, points["audio"].mean(0), mean)["raw"]
     assert np.allclose(by_role["raw"], wanted) and by_role["raw"][:, 0] == pytest.approx(0, abs=0.2) and by_role["bridged"][:, 0] == pytest.approx(1, abs=0.2)
-
-
-def test_one_role_without_links_is_drawn():
-    figure = plot_circles({"alone": {"text": np.zeros((3, 2))}}, links=False)
-    assert len(figure.axes) == 1
-
-
-def test_numbers_beside_tied_points_keep_apart():
-    from dl.plots.comparison import free_offsets
-
-    places = np.array([[100.0, 100.0]] * 5 + [[103.0, 99.0]] * 4 + [[160.0, 40.0]])
-    written = places + np.array(free_offsets(places, room=9.0))
-    apart = np.linalg.norm(written[:, None] - written[None], axis=-1)[~np.eye(len(written), dtype=bool)]
-    assert apart.min() >= 9.0 and np.linalg.norm(written[:, None] - places[None], axis=-1).min() >= 7.9
-    assert free_offsets(places[:1]) == free_offsets(places[-1:]), "a lone point's number stands where any lone point's does"
