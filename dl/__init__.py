@@ -16,7 +16,6 @@ The package in reading order, each module importing only what stands above it:
 * ``report/``      tables, claims and their verdict rules, the replication report, the README's numbers, the checkpoints' cards
 * ``experiments``  what Table 1 runs: tuning on val, fits, scores on test
 * ``captioning``   what Table 2 runs: decoders, captions of every system, scores on test
-* ``studies/``     beyond the paper's tables: ablations (notebook 09), and what only a generative model can do (A3)
 * ``plots/``       one function per figure
 * ``demo``         ``python -m dl demo``: notebook 11 as a page on 127.0.0.1
 * ``pipeline/``    stages, stamps, ``python -m dl check``, and the long jobs in several processes

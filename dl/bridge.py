@@ -1,9 +1,8 @@
 """The bridge: a light network that predicts the clean text embedding, and the sampler around it.
 
-Notation: a and t are the paired audio and text embeddings, unit norm, dimension D; s = sqrt(D) is the scale, x_a = s a and
-x_t = s t. A unit vector in D = 512 has coordinates of about 0.044 and Gaussian diffusion assumes about 1: hence s.
-
-Marks: [paper], (paper~), [SEED] (arXiv 2505.16798), [ours], as in ``dl.config``. No equation of the paper is known to us.
+Notation: a and t are the paired audio and text embeddings, unit norm, dimension D; s = sqrt(D) is the scale, x_a = s a
+and x_t = s t. A unit vector in D = 512 has coordinates of about 0.044 and Gaussian diffusion assumes about 1: hence s.
+Marks: [paper], (paper~), [SEED] (arXiv 2505.16798), [ours], as in ``dl.config``. We know no equation of the paper.
 """
 from __future__ import annotations
 
@@ -29,28 +28,56 @@ from dl.store import atomic_write
 NETWORK_FIELDS = ("num_blocks", "width_factor", "dropout")
 SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 INFERENCE_FIELDS = ("start_timestep", "num_inference_steps", "add_noise")
+TOPOLOGY_FORMS = ("gram", "softmax_kl", "cross_gram", "distance")
 
 MODEL_CARD = """---
 {{ card_data }}
 ---
 A Diffusion-Link bridge: it maps a CLAP audio embedding (unit norm) to where its caption's text embedding would lie.
-Load it with `DiffusionLink.from_pretrained(...)`. Frozen encoder and training data are those of the profile that made it.
+Load it with `DiffusionLink.from_pretrained(...)`. The frozen encoder and the training data are those of its profile.
 """
+
+
+def zero_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A Linear layer whose weight and bias start at zero."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def unit_rows(embeddings: Tensor, embed_dim: int | None, name: str) -> Tensor:
+    """Check embeddings (B, D) and divide each row by its norm, (B, D) float32 without gradient.
+
+    Rows of unit norm (to 1e-5) stay as they are, bit for bit. ``embed_dim`` None takes any width; ``name`` is what an
+    error message calls the embeddings.
+
+    Raises:
+        ValueError: not a tensor of two dimensions, another width, NaN or infinity, a zero row.
+    """
+    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
+        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
+        raise ValueError(f"{name} must be a torch tensor of shape (B, D), got {shape}")
+    if embed_dim is not None and embeddings.shape[1] != embed_dim:
+        raise ValueError(f"{name} is {embeddings.shape[1]} wide but the bridge expects {embed_dim}: "
+                         "use the encoder it was trained on")
+    embeddings = embeddings.detach().float()
+    if not torch.isfinite(embeddings).all():
+        raise ValueError(f"{name} holds NaN or infinity: check the audio files they come from")
+    norms = embeddings.norm(dim=-1, keepdim=True)
+    if (norms == 0).any():
+        raise ValueError(f"{name} holds a row of zeros, which has no direction: check the audio files they come from")
+    return embeddings / torch.where((norms - 1).abs() < 1e-5, torch.ones_like(norms), norms)
 
 
 def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal features of the noise level [SEED]: cos(k w_i) and sin(k w_i), w_i = max_period^(-i / (dim / 2)).
 
-    Args:
-        timestep: k, (B,) any numeric dtype.
-        dim: number of features, even.
-        max_period: the longest period is 2 pi max_period levels.
-
-    Returns:
-        (B, dim) float32: dim/2 cosines, then dim/2 sines.
+    k (B,) of any numeric dtype -> (B, dim) float32: dim/2 cosines, then dim/2 sines; dim is even.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)  # (dim/2,)
     angles = timestep.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
 
@@ -58,12 +85,8 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0)
 class ResidualBlock(nn.Module):
     """One residual MLP block of width W that is told the noise level; it starts as the identity [SEED].
 
-    h = Linear(SiLU(LN(x))); h += Linear(SiLU(e)); h = Linear_0(Dropout(SiLU(LN(h)))); return x + h, where Linear_0 starts at zero.
-
-    Args:
-        width: W.
-        time_dim: width of the time embedding e.
-        dropout: probability in [0, 1).
+    h = Linear(SiLU(LN(x))); h += Linear(SiLU(e)); h = Linear_0(Dropout(SiLU(LN(h)))); return x + h.
+    Linear_0 starts at zero; e is the time embedding of width ``time_dim``.
     """
 
     def __init__(self, width: int, time_dim: int, dropout: float) -> None:
@@ -86,8 +109,8 @@ class ResidualBlock(nn.Module):
 class BridgeNetwork(nn.Module):
     """f(x^k, k): three residual MLP blocks that predict the clean text embedding (prediction_type "sample").
 
-    Linear D -> W = width_factor D; blocks; LayerNorm -> SiLU -> Linear W -> D that starts at zero, so that the output at
-    initialisation is exactly 0. Three blocks: [paper]; the rest: [SEED]. At D = 512: 9,725,440 parameters.
+    Linear D -> W = width_factor D; blocks; LayerNorm -> SiLU -> Linear W -> D that starts at zero, so that the output
+    at initialisation is exactly 0. Three blocks: [paper]; the rest: [SEED]. At D = 512: 9,725,440 parameters.
 
     Args:
         embed_dim: D, the encoder's embedding dimension.
@@ -102,9 +125,8 @@ class BridgeNetwork(nn.Module):
         torch.Size([4, 512])
     """
 
-    def __init__(
-        self, embed_dim: int, num_blocks: int = 3, width_factor: int = 2, dropout: float = 0.1, condition_dim: int = 0
-    ) -> None:
+    def __init__(self, embed_dim: int, num_blocks: int = 3, width_factor: int = 2, dropout: float = 0.1,
+                 condition_dim: int = 0) -> None:
         super().__init__()
         width = width_factor * embed_dim
         self.embed_dim = embed_dim
@@ -135,18 +157,19 @@ class BridgeNetwork(nn.Module):
         return self.output(F.silu(self.norm(x)))  # (B, W) -> (B, D)
 
 
-class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD, paper_url="https://arxiv.org/abs/2510.11330"):
+class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_CARD,
+                    paper_url="https://arxiv.org/abs/2510.11330"):
     """Bridge an audio embedding into the text distribution: scale, noise to level k*, denoise with f, L2-normalise.
 
-    a -> x_a = s a -> x^{k*} = sqrt(abar_{k*}) x_a + sqrt(1 - abar_{k*}) eps -> f in n DDIM steps -> L2-normalise. With n = 1 the
-    network's prediction is the answer [SEED: k* = 50, one step]; n > 1 is DDIM with eta = 0 [ours]. k* = 0 is not the
-    identity: it still noises (abar_0 = .9999) and still maps.
+    a -> x_a = s a -> x^{k*} = sqrt(abar_{k*}) x_a + sqrt(1 - abar_{k*}) eps -> f in n DDIM steps -> L2-normalise. With
+    n = 1 the network's prediction is the answer [SEED: k* = 50, one step]; n > 1 is DDIM with eta = 0 [ours]. k* = 0
+    still noises (abar_0 = .9999) and still maps.
 
     Args:
         embed_dim: D.
         num_blocks, width_factor, dropout: see ``BridgeNetwork``.
         num_train_timesteps, beta_start, beta_end, beta_schedule: see ``DDIMScheduler``.
-        scale: s > 0; None takes sqrt(D). Stored with the weights (buffer ``scale``), and the stored value wins on loading.
+        scale: s > 0; None takes sqrt(D). Stored with the weights (buffer ``scale``); loading takes the stored value.
         start_timestep, num_inference_steps, add_noise: defaults of a call.
 
     Raises:
@@ -158,21 +181,21 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         torch.Size([4, 256])
     """
 
-    def __init__(
-        self, embed_dim: int,
-        num_blocks: int = 3, width_factor: int = 2, dropout: float = 0.1,
-        num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, beta_schedule: str = "scaled_linear",
-        scale: float | None = None, start_timestep: int = 50, num_inference_steps: int = 1, add_noise: bool = True,
-    ) -> None:
+    def __init__(self, embed_dim: int, num_blocks: int = 3, width_factor: int = 2, dropout: float = 0.1,
+                 num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
+                 beta_schedule: str = "scaled_linear", scale: float | None = None, start_timestep: int = 50,
+                 num_inference_steps: int = 1, add_noise: bool = True) -> None:
         super().__init__()
         if scale is not None and not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"scale {scale} must be a positive number, or None for sqrt(embed_dim)")
         self.embed_dim = embed_dim
-        self.network = BridgeNetwork(embed_dim, num_blocks, width_factor, dropout)  # DEVIATION(network): but for the 3 blocks, SEED's
-        self.scheduler = DDIMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule)  # DEVIATION(noise-schedule): SEED's
+        # DEVIATION(network): but for the 3 blocks, SEED's
+        self.network = BridgeNetwork(embed_dim, num_blocks, width_factor, dropout)
+        # DEVIATION(noise-schedule): SEED's
+        self.scheduler = DDIMScheduler(num_train_timesteps, beta_start, beta_end, beta_schedule)
         self.register_buffer("scale", torch.tensor(math.sqrt(embed_dim) if scale is None else float(scale)))
         self.scheduler.inference_timesteps(start_timestep, num_inference_steps)  # raises if they do not fit
-        # DEVIATION(inference): k*, n and the way to the answer are unknown to us; SEED's are the defaults, val decides.
+        # DEVIATION(inference): k*, n and the way to the answer are unknown to us; SEED's are the defaults, val decides
         self.start_timestep, self.num_inference_steps, self.add_noise = start_timestep, num_inference_steps, add_noise
 
     @classmethod
@@ -182,11 +205,9 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         return cls(embed_dim, **{name: values[name] for name in NETWORK_FIELDS + SCHEDULE_FIELDS + INFERENCE_FIELDS})
 
     @torch.no_grad()
-    def forward(
-        self, audio_emb: Tensor,
-        start_timestep: int | None = None, num_inference_steps: int | None = None, add_noise: bool | None = None,
-        generator: torch.Generator | None = None, return_trajectory: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, audio_emb: Tensor, start_timestep: int | None = None, num_inference_steps: int | None = None,
+                add_noise: bool | None = None, generator: torch.Generator | None = None,
+                return_trajectory: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Map audio embeddings into the text distribution; dropout is off and no gradient is kept, whatever the mode.
 
         Args:
@@ -194,12 +215,12 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
             start_timestep: k* in 0..T-1; None takes the model's default, as for the next two.
             num_inference_steps: n in 1..k* (k* = 0 takes n = 1).
             add_noise: False sets eps = 0 in the forward formula, which makes the call deterministic [ours].
-            generator: source of eps; None draws from torch's global one. The same generator state gives the same answer.
+            generator: source of eps; None draws from torch's global one. The same state gives the same answer.
             return_trajectory: also return the samples on the way.
 
         Returns:
-            bridged_emb, (B, D) float32, unit norm; with return_trajectory also the trajectory, (n + 1, B, D) float32 on the
-            scale of x (divide by the norm to draw it): row 0 is x^{k*}, the last row is bridged_emb before normalisation.
+            bridged_emb, (B, D) float32, unit norm; with return_trajectory also the trajectory, (n + 1, B, D) float32
+            on the scale of x: row 0 is x^{k*}, the last row is bridged_emb before normalisation.
 
         Raises:
             ValueError: wrong shape or width, NaN or infinity, a zero row, k* or n out of range.
@@ -225,17 +246,17 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         bridged_emb = F.normalize(sample, dim=-1)  # (B, D), unit norm
         return (bridged_emb, torch.stack(trajectory)) if return_trajectory else bridged_emb
 
-    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype = torch.float32, **kwargs) -> str | None:
+    def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype = torch.float32,
+                        **kwargs) -> str | None:
         """Write model.safetensors, config.json and a model card; each file appears whole or not at all.
 
-        Args:
-            save_directory: folder, made if missing.
-            dtype: of the stored network; torch.float16 halves the file. The scale stays float32, and so does a loaded bridge.
-            kwargs: ``repo_id``, ``push_to_hub`` and the rest of huggingface_hub's ``save_pretrained``.
+        ``dtype`` is that of the stored network; torch.float16 halves the file, and a loaded bridge is float32 again.
+        ``kwargs`` go to huggingface_hub's ``save_pretrained`` (``repo_id``, ``push_to_hub``, ...).
         """
         stored = copy.deepcopy(self)
         stored.network.to(dtype)
-        stored._hub_mixin_config = {**self._hub_mixin_config, **{name: getattr(self, name) for name in INFERENCE_FIELDS}}
+        inference = {name: getattr(self, name) for name in INFERENCE_FIELDS}
+        stored._hub_mixin_config = {**self._hub_mixin_config, **inference}
         kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).name
         with tempfile.TemporaryDirectory() as folder:
             url = super(DiffusionLink, stored).save_pretrained(folder, **kwargs)
@@ -249,7 +270,7 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
 
         Raises:
             FileNotFoundError: the folder has no bridge in it.
-            ValueError: damaged files, weights that do not fit config.json, a field in it that DiffusionLink does not know.
+            ValueError: damaged files, weights that do not fit config.json, an unknown field in it.
         """
         path = Path(pretrained_model_name_or_path)
         is_hub_name = not path.is_dir() and not path.is_absolute() and len(path.parts) == 2
@@ -257,74 +278,27 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
             raise FileNotFoundError(f"no bridge in {path}: run notebook 05, or ./run_all.sh --only 05")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (SafetensorError, RuntimeError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"the bridge in {path} is damaged ({' '.join(str(error).split())[:160]}): copy or train it again") from error
+        except (SafetensorError, RuntimeError, TypeError, AttributeError, json.JSONDecodeError,
+                UnicodeDecodeError) as error:
+            why = " ".join(str(error).split())[:160]
+            raise ValueError(f"the bridge in {path} is damaged ({why}): copy or train it again") from error
 
     @classmethod
     def _from_pretrained(cls, *, config: dict | None = None, **kwargs) -> DiffusionLink:
         """The mixin's loader, made strict about weights and config fields, and silent on stdout."""
         if unknown := set(config or {}) - set(cls._hub_mixin_init_parameters):
-            raise ValueError(f"{kwargs.get('model_id')}/config.json has unknown fields {sorted(unknown)}: remove them, or load it with the version that wrote it")
+            raise ValueError(f"{kwargs.get('model_id')}/config.json has unknown fields {sorted(unknown)}: "
+                             "remove them, or load it with the version that wrote it")
         with contextlib.redirect_stdout(io.StringIO()):
             return super()._from_pretrained(**{**kwargs, "strict": True})
 
 
-def zero_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A Linear layer whose weight and bias start at zero."""
-    linear = nn.Linear(in_features, out_features)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def unit_rows(embeddings: Tensor, embed_dim: int | None, name: str) -> Tensor:
-    """Check embeddings and divide each row by its norm; rows of unit norm (to 1e-5) stay as they are, bit for bit.
-
-    Args:
-        embeddings: (B, D) float, rows of any norm > 0.
-        embed_dim: the width expected; None takes any.
-        name: what the error message calls them.
-
-    Returns:
-        (B, D) float32, unit norm.
-
-    Raises:
-        ValueError: not a tensor of two dimensions, another width, NaN or infinity, a zero row.
-    """
-    if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
-        shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
-        raise ValueError(f"{name} must be a torch tensor of shape (B, D), got {shape}")
-    if embed_dim is not None and embeddings.shape[1] != embed_dim:
-        raise ValueError(f"{name} is {embeddings.shape[1]} wide but the bridge expects {embed_dim}: use the encoder it was trained on")
-    embeddings = embeddings.float()
-    if not torch.isfinite(embeddings).all():
-        raise ValueError(f"{name} holds NaN or infinity: check the audio files they come from")
-    norms = embeddings.norm(dim=-1, keepdim=True)
-    if (norms == 0).any():
-        raise ValueError(f"{name} holds a row of zeros, which has no direction: check the audio files they come from")
-    return embeddings / torch.where((norms - 1).abs() < 1e-5, torch.ones_like(norms), norms)
-
-
-
-
-# ----------------------------------------------------------------------------------------------------
-# The losses: cross-sample prediction, self prediction, and the topology of a batch.
-
-
-TOPOLOGY_FORMS = ("gram", "softmax_kl", "cross_gram", "distance")
-
-
+# ------------------------------------------------------------------------------------------------------------- losses
 def prediction_loss(prediction: Tensor, target: Tensor, loss: str = "l1") -> Tensor:
     """Mean over rows and coordinates of |f - x_t| ("l1" [SEED]) or of (f - x_t)^2 ("l2").
 
-    L_cross when the prediction was made from audio (name: paper~, form: SEED), L_self when it was made from text [SEED].
-
-    Args:
-        prediction, target: (B, D) on the scale of x.
-        loss: "l1" or "l2".
-
-    Returns:
-        () float.
+    L_cross where the prediction was made from audio (name: paper~, form: SEED), L_self where it was made from text
+    [SEED]. (B, D), (B, D) on the scale of x -> () float.
 
     Raises:
         ValueError: another loss.
@@ -335,7 +309,7 @@ def prediction_loss(prediction: Tensor, target: Tensor, loss: str = "l1") -> Ten
 
 
 def topology_loss(prediction: Tensor, target: Tensor, form: str = "gram", temperature: float = 0.1) -> Tensor:
-    """L_topo: keep how the text embeddings of a batch stand to each other. The name is the paper's (paper~), each form is ours.
+    """L_topo: keep how the text embeddings of a batch stand to each other. The name is (paper~), each form is ours.
 
     With c_ij = cos(f_i, f_j) and g_ij = cos(t_i, t_j), over the pairs i != j:
         gram        mean (c_ij - g_ij)^2
@@ -348,13 +322,10 @@ def topology_loss(prediction: Tensor, target: Tensor, form: str = "gram", temper
         form: one of TOPOLOGY_FORMS.
         temperature: tau > 0 of softmax_kl [ours: 0.1].
 
-    Returns:
-        () float.
-
     Raises:
         ValueError: unknown form, or fewer than two rows.
     """
-    # DEVIATION(topology-formula): the paper's formula is unknown to us; "gram" is our default, the others are its ablation.
+    # DEVIATION(topology-formula): the paper's formula is unknown to us; "gram" is our default.
     if form not in TOPOLOGY_FORMS:
         raise ValueError(f"unknown topology_form {form!r}: choose one of {', '.join(TOPOLOGY_FORMS)}")
     if len(prediction) < 2:
@@ -384,8 +355,9 @@ def _off_diagonal(square: Tensor) -> Tensor:
     return square.flatten()[1:].view(size - 1, size + 1)[:, :-1].reshape(size, size - 1)
 
 
-def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor, config: BridgeConfig) -> dict[str, Tensor]:
-    """L = L_cross + w L_self + lambda L_topo, and its parts.
+def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor,
+                    config: BridgeConfig) -> dict[str, Tensor]:
+    """L = L_cross + w L_self + lambda L_topo: loss, loss_cross, loss_self, loss_topology, () float each.
 
     L_topo is averaged over the predictions that are there [ours]. A part whose weight is 0 is left out, and reads 0.
 
@@ -394,9 +366,6 @@ def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor
         from_text: f(x_t^k', k'), (B, D), or None where the text rows were left out (self_weight 0).
         target: x_t, (B, D).
         config: its loss, self_weight, topology_weight and topology_form.
-
-    Returns:
-        loss, loss_cross, loss_self, loss_topology, each () float.
     """
     # DEVIATION(prediction-losses): only their names are known to us; L1, equal weights and the self term follow SEED.
     zero = target.new_zeros(())
@@ -409,17 +378,16 @@ def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor
         # DEVIATION(topology-weight): the paper's lambda is unknown to us; ours is chosen on val.
         topology = [topology_loss(prediction, target, config.topology_form) for prediction in predictions]
         losses["loss_topology"] = torch.stack(topology).mean()
-    total = losses["loss_cross"] + config.self_weight * losses["loss_self"] + config.topology_weight * losses["loss_topology"]
-    return {"loss": total, **losses}
+    total = losses["loss_cross"] + config.self_weight * losses["loss_self"]
+    return {"loss": total + config.topology_weight * losses["loss_topology"], **losses}
 
 
-def bridge_losses(
-    network: nn.Module, scheduler: DDIMScheduler, x_audio: Tensor, x_text: Tensor, config: BridgeConfig, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The losses of one batch of pairs: noise both members (paper~), predict the clean text from each, in one forward pass.
+def bridge_losses(network: nn.Module, scheduler: DDIMScheduler, x_audio: Tensor, x_text: Tensor, config: BridgeConfig,
+                  generator: torch.Generator) -> dict[str, Tensor]:
+    """The losses of one batch of pairs: noise both members (paper~), predict the clean text from each, in one pass.
 
-    x^k = sqrt(abar_k) x + sqrt(1 - abar_k) eps, k uniform in 0..T-1; eps and k are drawn apart for the audio row and for the text
-    row of a pair. With self_weight 0 the text rows are left out.
+    x^k = sqrt(abar_k) x + sqrt(1 - abar_k) eps, k uniform in 0..T-1; eps and k are drawn apart for the audio row and
+    for the text row of a pair. With self_weight 0 the text rows are left out.
 
     Args:
         network: f.
@@ -429,7 +397,7 @@ def bridge_losses(
         generator: source of eps and k.
 
     Returns:
-        loss, loss_cross, loss_self, loss_topology, () float each.
+        as ``combined_losses``.
     """
     x = torch.cat([x_audio, x_text]) if config.self_weight else x_audio  # (2B or B, D)
     noise = standard_normal(x.shape, generator, x.device)  # (2B, D)

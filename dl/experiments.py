@@ -736,23 +736,3 @@ def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict
         file.remove(experiment=recorded)
     file.add(results.rows)
     return results
-
-
-def few_pairs(embeddings: Embeddings, fraction: float, seed: int) -> Embeddings:
-    """A random share of a split's clips, at least two, each with all its captions; the smaller share lies inside the larger one.
-
-    Clips are drawn, not recordings: 1 % of the scenes of data/mini touches more than 1 % of its recordings.
-
-    Args:
-        fraction: in (0, 1]; 1 gives the split itself.
-        seed: of the draw.
-
-    Raises:
-        ValueError: a fraction outside (0, 1].
-    """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction {fraction} is out of range: choose a share of the clips, above 0 and at most 1")
-    if fraction == 1:
-        return embeddings
-    order = np.random.default_rng(seed).permutation(len(embeddings.clip_ids))
-    return select_clips(embeddings, sorted(order[: max(2, round(fraction * len(order)))].tolist()))

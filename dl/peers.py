@@ -1,8 +1,8 @@
-"""What every peer offers, and the way into and out of the centred text space.
+"""Every system of Table 1 that maps an audio vector towards text, by name: closed forms and trained ones.
 
-A *centred* peer (C3, Diffusion Bridge) answers in the space where a text reads norm(t - mean_t). ``space="centred"`` gives that
-answer, ``space="text"`` (the main row) takes it back by ``uncentre``. Notation: norm(x) = x / ||x||, mean_a and mean_t are the
-means of the training audio and text vectors; a clip counts once in mean_a, a caption once in mean_t.
+A *centred* peer (C3, Diffusion Bridge) answers in the space where a text reads norm(t - mean_t). ``space="centred"``
+gives that answer, ``space="text"`` (the main row) takes it back by ``uncentre``. Notation: norm(x) = x / ||x||; mean_a
+and mean_t are the means of the training vectors, a clip counting once in mean_a and a caption once in mean_t.
 """
 from __future__ import annotations
 
@@ -30,37 +30,26 @@ def centre(embeddings: Tensor, mean: Tensor) -> Tensor:
 
 
 def uncentre(centred_emb: Tensor, text_mean: Tensor, text_radius: float) -> Tensor:
-    """Back from the centred text space: norm(mean_t + r_t u), r_t = sqrt(mean ||t - mean_t||^2) over training captions.
+    """Back from the centred text space: norm(mean_t + r_t u), r_t = sqrt(mean ||t - mean_t||^2) of the training split.
 
-    Centring divides every text by its own distance to mean_t; r_t, their root mean square, is put back for all, so that the
-    answer stands among the texts instead of outside them. [ours: the peers decode in the centred space and need no way back]
+    Centring divides every text by its own distance to mean_t; their root mean square r_t is put back for all, so that
+    the answer stands among the texts. [ours: the peers decode in the centred space and need no way back]
     (B, D), (D,) -> (B, D) float32 unit norm.
     """
     return normalize(text_mean.double() + text_radius * centred_emb.double(), dim=-1).float()
 
 
 class Peer:
-    """What every peer offers: ``fit`` on the training split, then a call that maps audio vectors; here the identity.
+    """What every peer offers: ``fit`` on the training split, then a call that maps audio vectors. Here: identity."""
 
-    Attributes:
-        uses_pairs: whether ``fit`` looks at which caption belongs to which clip.
-        uses_memory: whether training captions are kept and read at test time.
-        trained: whether gradient steps were taken.
-        stochastic: whether the answer depends on ``noise_seed``.
-        centred: whether the method answers in the centred text space.
-        decoder_noise_variance: variance v of the N(0, v I) noise on the text vectors that train the method's caption decoder.
-        fitted: names of the tensors that the map keeps, a memory apart.
-        source: where the recipe comes from.
-    """
-
-    uses_pairs = False
-    uses_memory = False
-    trained = False
-    stochastic = False
-    centred = False
-    decoder_noise_variance = 0.0
-    fitted: tuple[str, ...] = ()
-    source = ""
+    uses_pairs = False                  # fit looks at which caption belongs to which clip
+    uses_memory = False                 # training captions are kept and read at test time
+    trained = False                     # gradient steps were taken
+    stochastic = False                  # the answer depends on noise_seed
+    centred = False                     # the method answers in the centred text space
+    decoder_noise_variance = 0.0        # v of the N(0, v I) noise on the texts that train the method's caption decoder
+    fitted: tuple[str, ...] = ()        # names of the tensors that the map keeps, a memory apart
+    source = ""                         # where the recipe comes from
     audio_mean: Tensor
     text_mean: Tensor
     text_radius: float
@@ -72,16 +61,15 @@ class Peer:
             audio: (n, D) float32 unit norm, one row a clip.
             text: (m, D) float32 unit norm, one row a caption.
             text_clip: (m,) int64, the row of ``audio`` that a caption belongs to.
-            seed: not used by a closed form.
-            context: not used by a closed form.
+            seed, context: not used by a closed form.
 
         Returns:
             The peer itself.
         """
-        self.audio_mean = audio.double().mean(0)
-        self.text_mean = text.double().mean(0)
-        self.text_radius = float((text.double() - self.text_mean).square().sum(1).mean().sqrt())
-        self._fit(audio.double(), text.double(), text_clip)
+        audio, text = audio.detach().double(), text.detach().double()
+        self.audio_mean, self.text_mean = audio.mean(0), text.mean(0)
+        self.text_radius = float((text - self.text_mean).square().sum(1).mean().sqrt())
+        self._fit(audio, text, text_clip)
         return self
 
     def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
@@ -98,7 +86,8 @@ class Peer:
             ValueError: the method has no such setting.
         """
         if values:
-            raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(values))}: only trained peers change at a call")
+            raise ValueError(f"{type(self).__name__} has no {', '.join(sorted(values))}: "
+                             "only trained peers change at a call")
         return self
 
     def __call__(self, audio_emb: Tensor, noise_seed: int = 0, space: str = "text") -> Tensor:
@@ -106,21 +95,28 @@ class Peer:
 
         Args:
             audio_emb: (B, D) float32 unit norm.
-            noise_seed: not used by a closed form.
+            noise_seed: of the noise added at test time, if any.
             space: "text", or for a centred peer "centred".
 
         Returns:
             (B, D) float32 unit norm, on the device of ``audio_emb``.
 
         Raises:
-            ValueError: the method does not answer in that space.
+            ValueError: the method does not answer in that space, or the embeddings do not fit.
         """
         if space not in (("text", "centred") if self.centred else ("text",)):
             raise ValueError(f"{type(self).__name__} does not answer in space {space!r}: use space='text'")
-        answer = normalize(self._map(audio_emb.double().cpu()), dim=-1).float()
+        return self._into(space, self._answer(audio_emb, noise_seed)).to(audio_emb.device)
+
+    def _answer(self, audio_emb: Tensor, noise_seed: int) -> Tensor:
+        """The method's answer in its own space; (B, D) -> (B, D) float32 unit norm."""
+        return normalize(self._map(audio_emb.detach().double().cpu()), dim=-1).float()
+
+    def _into(self, space: str, answer: Tensor) -> Tensor:
+        """The answer in the space asked for."""
         if self.centred and space == "text":
-            answer = uncentre(answer, self.text_mean, self.text_radius)
-        return answer.to(audio_emb.device)
+            return uncentre(answer.cpu(), self.text_mean.cpu(), self.text_radius)
+        return answer
 
     @property
     def num_parameters(self) -> int:
@@ -128,12 +124,7 @@ class Peer:
         return sum(getattr(self, name).numel() for name in self.fitted)
 
 
-
-
-# ----------------------------------------------------------------------------------------------------
-# Peers with a closed form: maps from audio vectors towards text vectors that need no gradient step.
-
-
+# ------------------------------------------------------------------------------------------------------- closed forms
 class Raw(Peer):
     """a as it is: the gap that every other row starts from."""
 
@@ -153,8 +144,7 @@ class MeanShift(Peer):
 class C3(Peer):
     """norm(a - mean_a), against texts centred alike; the decoder is trained on noisy centred texts.
 
-    Args:
-        noise_variance: v of the decoder's N(0, v I); 0.016 as published for CLIP, to be tuned anew for CLAP.
+    ``noise_variance`` is v of the decoder's N(0, v I); 0.016 as published for CLIP, to be tuned anew for CLAP.
     """
 
     centred = True
@@ -169,10 +159,9 @@ class C3(Peer):
 
 
 class CapDec(Peer):
-    """a as it is at test time: the decoder alone was made robust, trained on norm(t + N(0, v I)); its gap equals raw's.
+    """a as it is at test time: the decoder was trained on norm(t + N(0, v I)); the gap equals raw's.
 
-    Args:
-        noise_variance: v; 0.016 as published for CLIP.
+    ``noise_variance`` is v; 0.016 as published for CLIP.
     """
 
     source = "Nukrai et al., EMNLP Findings 2022 (CapDec)"
@@ -182,9 +171,10 @@ class CapDec(Peer):
 
 
 class ReAlign(Peer):
-    """e = norm((a - mean_a) sqrt(tr_t / tr_a) + mean_t), then norm(e - mean_e + mean_t); tr is the mean squared distance to the mean.
+    """e = norm((a - mean_a) sqrt(tr_t / tr_a) + mean_t), then norm(e - mean_e + mean_t).
 
-    mean_e is the mean of e over the training clips: normalising moves the centroid, the last step takes it back.
+    tr is the mean squared distance to the mean; mean_e is the mean of e over the training clips: normalising moves the
+    centroid, the last step takes it back.
     """
 
     fitted = ("audio_mean", "text_mean", "drift")
@@ -221,8 +211,7 @@ class Linear(Peer):
 class WhiteningColouring(Linear):
     """norm(mean_t + C_t^(1/2) C_a^(-1/2) (a - mean_a)): the second moments of text, without looking at pairs.
 
-    Args:
-        shrinkage: s of C <- (1 - s) C + s (tr C / D) I, in 0..1, the same for both modalities. [ours]
+    ``shrinkage`` is s of C <- (1 - s) C + s (tr C / D) I, in 0..1, the same for both modalities. [ours]
     """
 
     source = "whitening and colouring, as CORAL (Sun et al., AAAI 2016)"
@@ -234,14 +223,13 @@ class WhiteningColouring(Linear):
         self.matrix = self._power(audio - self.audio_mean, -0.5) @ self._power(text - self.text_mean, 0.5)
 
     def _power(self, centred: Tensor, exponent: float) -> Tensor:
-        covariance = centred.T @ centred / len(centred)
-        values, vectors = torch.linalg.eigh(covariance)
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))
         values = (1 - self.shrinkage) * values.clamp_min(0) + self.shrinkage * values.mean()
         return vectors * values.clamp_min(1e-12).pow(exponent) @ vectors.T
 
 
 class Memory(Peer):
-    """Answers made of the training captions M, (m, D), which are kept; ``_read`` turns the cosines a M^T into an answer."""
+    """Answers made of the training captions M, (m, D), which are kept; ``_read`` turns cosines a M^T into an answer."""
 
     uses_memory = True
 
@@ -256,11 +244,7 @@ class Memory(Peer):
 
 
 class Projection(Memory):
-    """w = softmax(scale a M^T) over the training captions M, answer norm(w M).
-
-    Args:
-        scale: inverse temperature; 100 as published.
-    """
+    """w = softmax(scale a M^T) over the training captions M, answer norm(w M); scale 100 as published."""
 
     source = "projection decoding: DeCap (ICLR 2023), WSAC, DRCap"
 
@@ -281,10 +265,7 @@ class NearestText(Memory):
 
 
 class Procrustes(Linear):
-    """norm(mean_t + (a - mean_a) R), R = U V^T from the SVD U S V^T = A^T T: the best rotation or reflection.
-
-    [ours: centred, without a scale]
-    """
+    """norm(mean_t + (a - mean_a) R), R = U V^T, SVD U S V^T = A^T T: the best orthogonal map. [ours: centred]"""
 
     uses_pairs = True
     source = "orthogonal Procrustes (Schoenemann, 1966)"
@@ -298,10 +279,8 @@ class Procrustes(Linear):
 class Ridge(Linear):
     """norm(mean_t + (a - mean_a) M), M = (A^T A + lambda I)^-1 A^T T, lambda = alpha tr(A^T A) / D.
 
-    The intercept is not penalised (it is what centring does).
-
-    Args:
-        alpha: penalty as a share of the mean eigenvalue of A^T A, so that it does not depend on how many pairs there are. [ours]
+    Centring leaves the intercept without a penalty. ``alpha`` is the penalty as a share of the mean eigenvalue of
+    A^T A, so that it does not depend on the number of pairs. [ours]
     """
 
     uses_pairs = True
@@ -313,17 +292,15 @@ class Ridge(Linear):
     def _fit(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> None:
         a, t = self._pairs(audio, text, text_clip)
         gram = a.T @ a
-        self.penalty = self.alpha * float(gram.diagonal().mean()) or 1.0      # all sounds alike: A is 0, and so is M, whatever lambda
+        self.penalty = self.alpha * float(gram.diagonal().mean()) or 1.0      # all sounds alike: A and M are 0
         self.matrix = torch.linalg.solve(gram + self.penalty * torch.eye(len(gram), dtype=gram.dtype), a.T @ t)
 
 
 class PLSHead(Linear):
     """PLS-SVD: U S V^T = T^T A, keep k directions; norm(mean_t + U_k V_k^T (a - mean_a)).
 
-    Audio's scores on its k shared directions are read as text's scores on theirs. [ours: the way back into the text space]
-
-    Args:
-        num_directions: k; 100 as published, at most D.
+    Audio's scores on its k shared directions are read as text's scores on theirs [ours: the way back into the text
+    space]. ``num_directions`` is k; 100 as published, at most D.
     """
 
     uses_pairs = True
@@ -343,16 +320,11 @@ class PLSHead(Linear):
         return self.text_mean + (audio - self.audio_mean) @ self.audio_directions @ self.text_directions.T
 
 
-
-
-# ----------------------------------------------------------------------------------------------------
-# Peers that take gradient steps: Diffusion-Link itself, its controls without noise, and the other diffusion methods.
-
-
+# ------------------------------------------------------------------------------------------------------ gradient steps
 class TrainedPeer(Peer):
     """What the trained peers share: hyper-parameters, a resumable fit, a seeded call.
 
-    A method adds :meth:`loss_fn` and :meth:`_bridge`.
+    A method adds :meth:`_losses` (or :meth:`loss_fn`) and :meth:`_bridge`.
 
     Args:
         hyper_parameters: fields of ``BridgeConfig``; what is not given comes from the class's ``defaults``.
@@ -369,6 +341,7 @@ class TrainedPeer(Peer):
     uses_pairs = True
     trained = True
     stochastic = True
+    conditional = False                 # the network takes the audio vector beside the sample
     defaults = BridgeConfig()
     betas = (0.9, 0.999)
     network: nn.Module
@@ -388,10 +361,8 @@ class TrainedPeer(Peer):
         self.config = replace(self.config, **values)
         return self
 
-    def fit(
-        self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0,
-        checkpoint_path: str | Path | None = None, progress: bool = False, **context: Any,
-    ) -> TrainedPeer:
+    def fit(self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0,
+            checkpoint_path: str | Path | None = None, progress: bool = False, **context: Any) -> TrainedPeer:
         """Train on the training split.
 
         Args:
@@ -407,51 +378,51 @@ class TrainedPeer(Peer):
         audio = unit_rows(audio, None, "audio")
         text = unit_rows(text, audio.shape[1], "text")
         super().fit(audio, text, text_clip)
-        self._train(audio, text, text_clip, seed, checkpoint_path, progress, context)
+        how = {"seed": seed, "checkpoint_path": checkpoint_path, "progress": progress}
+        self._train(audio, text, text_clip, context.get("val"), how)
         return self
 
-    def _train(
-        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
-    ) -> None:
-        """Set ``network`` and ``history``."""
+    def _train(self, audio: Tensor, text: Tensor, text_clip: Tensor, val: tuple[Tensor, Tensor] | None,
+               how: dict[str, Any]) -> None:
+        """Set ``network`` and ``history``; ``how`` holds seed, checkpoint_path and progress."""
         config, embed_dim = self.config, audio.shape[1]
-        with seeded(seed, audio.device):
-            network = BridgeNetwork(embed_dim, config.num_blocks, config.width_factor, config.dropout, self.condition_dim(embed_dim))
+        condition_dim = embed_dim if self.conditional else 0
+        with seeded(how["seed"], audio.device):
+            network = BridgeNetwork(embed_dim, config.num_blocks, config.width_factor, config.dropout, condition_dim)
         self.network = network.to(audio.device)
-        self.scheduler = DDIMScheduler(config.num_train_timesteps, config.beta_start, config.beta_end, config.beta_schedule)
-        self.history = fit(
-            self.network, self.loss_fn(audio, text, text_clip), config, seed=seed, checkpoint_path=checkpoint_path,
-            identity={"system": [type(self).__name__, PEERS_RECIPE], "data": content(audio, text, text_clip)}, progress=progress, betas=self.betas,
-        )
+        self.scheduler = DDIMScheduler(config.num_train_timesteps, config.beta_start, config.beta_end,
+                                       config.beta_schedule)
+        identity: dict[str, object] = {"system": [type(self).__name__, PEERS_RECIPE],
+                                       "data": content(audio, text, text_clip)}
+        self.history = fit(self.network, self.loss_fn(audio, text, text_clip), config, identity=identity,
+                           betas=self.betas, **how)
 
     def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
         """The function that draws a batch of (n, D), (m, D), (m,) and computes its losses."""
+        sampler, scale = PairSampler(text_clip, len(audio)), audio.shape[1] ** 0.5
+
+        def losses(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+            clips, captions = sampler.draw(self.config.batch_size, generator)
+            return self._losses(network, scale * audio[clips], scale * text[captions], generator)
+
+        return losses
+
+    def _losses(self, network: nn.Module, x_audio: Tensor, x_text: Tensor,
+                generator: torch.Generator) -> dict[str, Tensor]:
+        """The losses of a batch of scaled pairs, (B, D) each."""
         raise NotImplementedError
 
     def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
         """The map (B, D) -> (B, D) float32, unit norm in and out."""
         raise NotImplementedError
 
-    def condition_dim(self, embed_dim: int) -> int:
-        """Width of the vector that the network takes beside the sample; 0 for none."""
-        return 0
+    def _unit(self, embeddings: Tensor, name: str) -> Tensor:
+        """The embeddings, checked, of unit norm and on the network's device."""
+        return unit_rows(embeddings, self.network.embed_dim, name).to(next(self.network.parameters()).device)
 
-    def __call__(self, audio_emb: Tensor, noise_seed: int = 0, space: str = "text") -> Tensor:
-        """Map audio vectors, as every peer does; ``noise_seed`` is that of the noise added at test time, if any.
-
-        Raises:
-            ValueError: the method does not answer in that space, or the embeddings do not fit.
-        """
-        if space not in (("text", "centred") if self.centred else ("text",)):
-            raise ValueError(f"{type(self).__name__} does not answer in space {space!r}: use space='text'")
-        audio = unit_rows(audio_emb, self.network.embed_dim, "audio_emb").to(next(self.network.parameters()).device)
-        with torch.no_grad():
-            answer = self._bridge(audio, torch.Generator().manual_seed(noise_seed))
-        return self._into(space, answer).to(audio_emb.device)
-
-    def _into(self, space: str, answer: Tensor) -> Tensor:
-        """The answer in the space asked for."""
-        return uncentre(answer.cpu(), self.text_mean.cpu(), self.text_radius) if self.centred and space == "text" else answer
+    @torch.no_grad()
+    def _answer(self, audio_emb: Tensor, noise_seed: int) -> Tensor:
+        return self._bridge(self._unit(audio_emb, "audio_emb"), torch.Generator().manual_seed(noise_seed))
 
     @property
     def num_parameters(self) -> int:
@@ -465,12 +436,9 @@ class DiffusionLinkPeer(TrainedPeer):
     source = "Nam et al. 2025 (Diffusion-Link, arXiv 2510.11330), as far as it is known"
     link: DiffusionLink
 
-    def _train(
-        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
-    ) -> None:
-        self.link, self.history = train_bridge(
-            self.config, audio, text, text_clip, seed=seed, checkpoint_path=checkpoint_path, progress=progress, val=context.get("val"),
-        )
+    def _train(self, audio: Tensor, text: Tensor, text_clip: Tensor, val: tuple[Tensor, Tensor] | None,
+               how: dict[str, Any]) -> None:
+        self.link, self.history = train_bridge(self.config, audio, text, text_clip, val=val, **how)
         self.network = self.link.network
 
     def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
@@ -496,33 +464,26 @@ class TextToAudio(DiffusionLinkPeer):
 
     source = "Diffusion-Link's recipe, roles swapped"
 
-    def _train(
-        self, audio: Tensor, text: Tensor, text_clip: Tensor, seed: int, checkpoint_path: str | Path | None, progress: bool, context: dict
-    ) -> None:
-        context = {**context, "val": context["val"][::-1]} if context.get("val") else context
-        rows = torch.arange(len(text))
-        super()._train(text, audio[text_clip.to(audio.device)], rows, seed, checkpoint_path, progress, context)
+    def _train(self, audio: Tensor, text: Tensor, text_clip: Tensor, val: tuple[Tensor, Tensor] | None,
+               how: dict[str, Any]) -> None:
+        paired_audio = audio[text_clip.to(audio.device)]
+        super()._train(text, paired_audio, torch.arange(len(text)), val and val[::-1], how)
 
 
 class RegressionMLP(TrainedPeer):
-    """The bridge's network as plain regression, audio to text: k = 0 and no noise, in training and at test. [ours: a control]
+    """The bridge's network as plain regression, audio to text: k = 0 and no noise, in training and at test. [ours]
 
     It tells how much of the bridge's gain needs diffusion at all. The text rows of the bridge's batch are left out.
     """
 
     stochastic = False
-    defaults = BridgeConfig(topology_weight=0.0, self_weight=0.0, start_timestep=0, num_inference_steps=1, add_noise=False)
+    defaults = BridgeConfig(topology_weight=0.0, self_weight=0.0, start_timestep=0, num_inference_steps=1,
+                            add_noise=False)
     source = "control: the bridge's network without noise"
 
-    def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
-        sampler, scale = PairSampler(text_clip, len(audio)), audio.shape[1] ** 0.5
-        x_audio, x_text, level = scale * audio, scale * text, torch.tensor(0)
-
-        def losses(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-            clips, captions = sampler.draw(self.config.batch_size, generator)
-            return combined_losses(network(x_audio[clips], level), None, x_text[captions], self.config)
-
-        return losses
+    def _losses(self, network: nn.Module, x_audio: Tensor, x_text: Tensor,
+                generator: torch.Generator) -> dict[str, Tensor]:
+        return combined_losses(network(x_audio, torch.tensor(0)), None, x_text, self.config)
 
     def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
         return normalize(self.network(audio.shape[1] ** 0.5 * audio, torch.tensor(0)), dim=-1)
@@ -536,44 +497,37 @@ class RegressionMLPTopology(RegressionMLP):
 
 
 class ConditionalDiffusion(TrainedPeer):
-    """f(x^k, k, a): only the text vector is noised and the audio vector is a condition; sampling starts from pure noise.
+    """f(x^k, k, a): only the text vector is noised, the audio vector is a condition; sampling starts from noise.
 
     Loss: L1 between f and x_t. At test: x^{k*} = eps with k* = T - 1, then n DDIM steps [peer: 10 to 50].
     """
 
+    conditional = True
     defaults = BridgeConfig(topology_weight=0.0, self_weight=0.0, start_timestep=999, num_inference_steps=10)
     source = "after DiffGAP (arXiv 2503.12131) and the DALL-E 2 prior; its own hyper-parameters are unknown"
 
-    def condition_dim(self, embed_dim: int) -> int:
-        return embed_dim
-
-    def loss_fn(self, audio: Tensor, text: Tensor, text_clip: Tensor) -> LossFn:
-        sampler, scale = PairSampler(text_clip, len(audio)), audio.shape[1] ** 0.5
-        x_audio, x_text = scale * audio, scale * text
-
-        def losses(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-            clips, captions = sampler.draw(self.config.batch_size, generator)
-            x, noise, timesteps = _noise(x_text[captions], self.scheduler, generator)
-            prediction = network(self.scheduler.add_noise(x, noise, timesteps), timesteps, x_audio[clips])
-            return combined_losses(prediction, None, x, self.config)
-
-        return losses
+    def _losses(self, network: nn.Module, x_audio: Tensor, x_text: Tensor,
+                generator: torch.Generator) -> dict[str, Tensor]:
+        noise, timesteps = _noise(x_text, self.scheduler, generator)
+        prediction = network(self.scheduler.add_noise(x_text, noise, timesteps), timesteps, x_audio)
+        return combined_losses(prediction, None, x_text, self.config)
 
     def _bridge(self, audio: Tensor, generator: torch.Generator) -> Tensor:
         x_audio = audio.shape[1] ** 0.5 * audio
         timesteps = self.scheduler.inference_timesteps(self.config.start_timestep, self.config.num_inference_steps)
         noise = standard_normal(audio.shape, generator, audio.device)
-        sample = ddim_sample(lambda sample, timestep: self.network(sample, timestep, x_audio), self.scheduler, noise, timesteps)
+        sample = ddim_sample(lambda x, k: self.network(x, k, x_audio), self.scheduler, noise, timesteps)
         return normalize(sample, dim=-1)
 
 
 class DiffusionBridge(TrainedPeer):
     """A text-only DDPM; the audio vector enters its reverse chain half-way, without added noise.
 
-    u = 5 norm(norm(e) - mean of its modality). Training: x0 prediction, mean squared error weighted by abar_k / (1 - abar_k), cosine
-    betas; the noised vector is renormalised to norm 5 before the network, in training and in sampling. Test: u of the audio vector
-    enters at k* = 600, 5 DDIM steps, normalise. Published: Adam, lr 8e-5, betas (.9, .99), batch 64, EMA .995, a 1-D U-Net, 3 M steps.
-    Ours: our network, far fewer steps, the EMA updated at every step and our spacing of the 5 levels.
+    u = 5 norm(norm(e) - mean of its modality). Training: x0 prediction, mean squared error weighted by
+    abar_k / (1 - abar_k), cosine betas; the noised vector is renormalised to norm 5 before the network, in training
+    and in sampling. Test: u of the audio vector enters at k* = 600, 5 DDIM steps, normalise. Published: Adam, lr 8e-5,
+    betas (.9, .99), batch 64, EMA .995, a 1-D U-Net, 3 M steps. Ours: our network, far fewer steps, the EMA updated at
+    every step and our spacing of the 5 levels.
     """
 
     uses_pairs = False
@@ -581,9 +535,9 @@ class DiffusionBridge(TrainedPeer):
     centred = True
     fitted = ("audio_mean", "text_mean")
     defaults = BridgeConfig(
-        beta_schedule="squaredcos_cap_v2", loss="l2", topology_weight=0.0, self_weight=0.0, dropout=0.0, learning_rate=8e-5,
-        weight_decay=0.0, lr_schedule="constant", batch_size=64, ema_decay=0.995, start_timestep=600, num_inference_steps=5, add_noise=False,
-    )
+        beta_schedule="squaredcos_cap_v2", loss="l2", topology_weight=0.0, self_weight=0.0, dropout=0.0,
+        learning_rate=8e-5, weight_decay=0.0, lr_schedule="constant", batch_size=64, ema_decay=0.995,
+        start_timestep=600, num_inference_steps=5, add_noise=False)
     betas = (0.9, 0.99)
     norm = 5.0
     source = "Lee et al., CVPR 2025 (Diffusion Bridge); our network replaces its U-Net, and the training is shorter"
@@ -593,7 +547,8 @@ class DiffusionBridge(TrainedPeer):
 
         def losses(network: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
             captions = torch.randint(len(clean), (self.config.batch_size,), generator=generator)
-            x, noise, timesteps = _noise(clean[captions], self.scheduler, generator)
+            x = clean[captions]
+            noise, timesteps = _noise(x, self.scheduler, generator)
             prediction = network(self._project(self.scheduler.add_noise(x, noise, timesteps)), timesteps)
             errors = mse_loss(prediction, x, reduction="none").mean(dim=1)
             return {"loss": (self.scheduler.snr(timesteps) * errors).mean(), "loss_unweighted": errors.mean()}
@@ -613,49 +568,26 @@ class DiffusionBridge(TrainedPeer):
 
     @torch.no_grad()
     def map_text(self, text_emb: Tensor, start_timestep: int = 400, space: str = "centred") -> Tensor:
-        """The chain that the texts which train its caption decoder pass through; (B, D) -> (B, D) float32 unit norm. [peer]"""
-        text = unit_rows(text_emb, self.network.embed_dim, "text_emb").to(next(self.network.parameters()).device)
-        answer = self._reverse(centre(text, self.text_mean), start_timestep)
+        """The chain for the texts that train its caption decoder; (B, D) -> (B, D) float32 unit norm. [peer]"""
+        answer = self._reverse(centre(self._unit(text_emb, "text_emb"), self.text_mean), start_timestep)
         return self._into(space, answer).to(text_emb.device)
 
 
-def _noise(x: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, D) with its noise eps (B, D) and its level k (B,), uniform in 0..T-1."""
+def _noise(x: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """For x (B, D) its noise eps (B, D) and its level k (B,), uniform in 0..T-1."""
     timesteps = torch.randint(scheduler.num_train_timesteps, (len(x),), generator=generator).to(x.device)
-    return x, standard_normal(x.shape, generator, x.device), timesteps
+    return standard_normal(x.shape, generator, x.device), timesteps
 
 
 TRAINED: dict[str, type[TrainedPeer]] = {
-    "regression_mlp": RegressionMLP,
-    "regression_mlp_topology": RegressionMLPTopology,
-    "diffusion_bridge": DiffusionBridge,
-    "conditional_diffusion": ConditionalDiffusion,
-    "seed": SeedSetting,
-    "diffusion_link": DiffusionLinkPeer,
-    "diffusion_link_ddim": DiffusionLinkDDIM,
-    "text_to_audio": TextToAudio,
+    "regression_mlp": RegressionMLP, "regression_mlp_topology": RegressionMLPTopology,
+    "diffusion_bridge": DiffusionBridge, "conditional_diffusion": ConditionalDiffusion, "seed": SeedSetting,
+    "diffusion_link": DiffusionLinkPeer, "diffusion_link_ddim": DiffusionLinkDDIM, "text_to_audio": TextToAudio,
 }
-
-
-
-
-# ----------------------------------------------------------------------------------------------------
-# Every system that maps an audio vector towards text, by its name in Table 1.
-
-
 REGISTRY: dict[str, type[Peer]] = {
-    "raw": Raw,
-    "mean_shift": MeanShift,
-    "c3": C3,
-    "capdec": CapDec,
-    "realign": ReAlign,
-    "whitening_colouring": WhiteningColouring,
-    "projection": Projection,
-    "nearest_text": NearestText,
-    "procrustes": Procrustes,
-    "ridge": Ridge,
-    "pls_head": PLSHead,
-    **TRAINED,
+    "raw": Raw, "mean_shift": MeanShift, "c3": C3, "capdec": CapDec, "realign": ReAlign,
+    "whitening_colouring": WhiteningColouring, "projection": Projection, "nearest_text": NearestText,
+    "procrustes": Procrustes, "ridge": Ridge, "pls_head": PLSHead, **TRAINED,
 }
 
 

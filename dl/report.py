@@ -508,7 +508,7 @@ def _caption_panel(rows: list[dict]) -> list[str]:
 # --------------------------------------------------------------------------------------------- ablations (notebook 09)
 ABLATION_METRICS = ("pair_cosine", "centroid_gap", "rmg", "recall_at_10", "effective_rank")
 ABLATION_STEPS = {"mini": 240}              # [ours] of every fit of an ablation; other profiles take those of Table 1
-FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)     # [ours] shares of the training clips, in notebooks 09 and A3
+FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)     # [ours] shares of the training clips
 ABLATIONS = {       # what is changed -> (the question, the variants in order); no rows: the base by another name
     "topology_weight": ("How much should the topology loss weigh? lambda = 0 leaves it out.",
                         "lambda_0 lambda_0.1 lambda_1 lambda_10"),

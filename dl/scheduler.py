@@ -11,7 +11,7 @@ Notation (<variable name> -> <name in the papers>)
     start_timestep                         -> k*, the level at which the sampler enters
     num_inference_steps                    -> n
 
-DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2021, arXiv 2010.02502. Nothing is clipped: an embedding is no image.
+DDPM: Ho et al. 2020, arXiv 2006.11239. DDIM: Song et al. 2021, arXiv 2010.02502. Nothing is clipped.
 """
 from __future__ import annotations
 
@@ -35,37 +35,29 @@ class DDIMSchedulerOutput:
 
 
 def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """The variances beta_0 .. beta_{T-1}, in float32, operation by operation as diffusers computes them.
+    """The variances beta_0 .. beta_{T-1}, (T,) float32, operation by operation as diffusers computes them.
 
     Args:
         beta_schedule: "scaled_linear" (linear in sqrt(beta)) [SEED], "linear" (Ho et al. 2020), or "squaredcos_cap_v2"
-            (Nichol & Dhariwal 2021, the cosine schedule; it ignores beta_start and beta_end) [peer: Diffusion Bridge].
+            (Nichol & Dhariwal 2021; it ignores beta_start and beta_end) [peer: Diffusion Bridge].
         num_train_timesteps: T >= 1.
         beta_start, beta_end: the first and the last beta, in (0, 1).
-
-    Returns:
-        (T,) float32.
 
     Raises:
         ValueError: unknown schedule, T < 1, or betas outside (0, 1).
     """
-    if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps is {num_train_timesteps}: give at least 1")
+    steps = num_train_timesteps
+    if steps < 1:
+        raise ValueError(f"num_train_timesteps is {steps}: give at least 1")
     if not 0.0 < beta_start <= beta_end < 1.0:
         raise ValueError(f"beta_start {beta_start} and beta_end {beta_end}: need 0 < beta_start <= beta_end < 1")
     if beta_schedule == "scaled_linear":
-        return torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
+        return torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float32) ** 2
     if beta_schedule == "linear":
-        return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
+        return torch.linspace(beta_start, beta_end, steps, dtype=torch.float32)
     if beta_schedule == "squaredcos_cap_v2":
-        def alpha_bar(time: float) -> float:
-            return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
-
-        betas = [
-            min(1 - alpha_bar((i + 1) / num_train_timesteps) / alpha_bar(i / num_train_timesteps), 0.999)
-            for i in range(num_train_timesteps)
-        ]
-        return torch.tensor(betas, dtype=torch.float32)
+        alpha_bar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+        return torch.tensor([min(1 - after / before, 0.999) for before, after in pairwise(alpha_bar)])
     raise ValueError(f"unknown beta_schedule {beta_schedule!r}: choose one of {', '.join(BETA_SCHEDULES)}")
 
 
@@ -73,7 +65,7 @@ class DDIMScheduler:
     """Forward noising (DDPM) and the deterministic reverse step (DDIM, eta = 0) for a network that predicts x^0.
 
     Equal to diffusers' DDPMScheduler.add_noise and DDIMScheduler.step with ``prediction_type="sample"``,
-    ``clip_sample=False``, ``set_alpha_to_one=True``; only the choice of inference timesteps is ours (``set_timesteps``).
+    ``clip_sample=False``, ``set_alpha_to_one=True``; only the choice of inference timesteps is ours.
 
     Args:
         num_train_timesteps: T [SEED: 1000].
@@ -85,37 +77,27 @@ class DDIMScheduler:
         timesteps: (n,) int64, decreasing, set by ``set_timesteps``.
 
     Example:
-        >>> scheduler = DDIMScheduler()
-        >>> round(float(scheduler.alphas_cumprod[500]), 4)
+        >>> round(float(DDIMScheduler().alphas_cumprod[500]), 4)
         0.3313
     """
 
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "scaled_linear",
-    ) -> None:
+    def __init__(self, num_train_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02,
+                 beta_schedule: str = "scaled_linear") -> None:
         self.num_train_timesteps = num_train_timesteps
         self.betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
         self.final_alpha_cumprod = torch.tensor(1.0)
-        self.num_inference_steps: int | None = None
         self.timesteps = torch.empty(0, dtype=torch.int64)
 
     def inference_timesteps(self, start_timestep: int, num_inference_steps: int) -> Tensor:
-        """The levels k* = k_1 > k_2 > .. > k_n at which the network is asked, round(linspace(k*, 0, n + 1))[:-1] [ours].
+        """The levels k* = k_1 > .. > k_n at which the network is asked: round(linspace(k*, 0, n + 1))[:-1] [ours].
 
-        After the last of them the sampler goes to abar = 1, the clean embedding.
+        (n,) int64. After the last of them the sampler goes to abar = 1, the clean embedding.
 
         Args:
             start_timestep: k* in 0..T-1.
             num_inference_steps: n in 1..k* (k* = 0 takes n = 1).
-
-        Returns:
-            (n,) int64, strictly decreasing, the first is k*.
 
         Raises:
             ValueError: k* or n out of range.
@@ -125,19 +107,18 @@ class DDIMScheduler:
             [50, 40, 30, 20, 10]
         """
         if not 0 <= start_timestep < self.num_train_timesteps:
-            raise ValueError(f"start_timestep {start_timestep} is out of range: choose 0 to {self.num_train_timesteps - 1}")
+            raise ValueError(f"start_timestep {start_timestep} is out of range: "
+                             f"choose 0 to {self.num_train_timesteps - 1}")
         most = max(start_timestep, 1)
         if not 1 <= num_inference_steps <= most:
-            raise ValueError(
-                f"num_inference_steps {num_inference_steps} does not fit start_timestep {start_timestep}: choose 1 to {most}"
-            )
+            raise ValueError(f"num_inference_steps {num_inference_steps} does not fit "
+                             f"start_timestep {start_timestep}: choose 1 to {most}")
         levels = torch.linspace(start_timestep, 0, num_inference_steps + 1, dtype=torch.float64)
         return levels.round().long()[:-1]
 
     def set_timesteps(self, start_timestep: int, num_inference_steps: int) -> None:
-        """Store ``inference_timesteps(start_timestep, num_inference_steps)`` in ``timesteps``, as diffusers' loops expect."""
+        """Store ``inference_timesteps(...)`` in ``timesteps``, as diffusers' loops expect."""
         self.timesteps = self.inference_timesteps(start_timestep, num_inference_steps)
-        self.num_inference_steps = num_inference_steps
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x^k = sqrt(abar_k) x + sqrt(1 - abar_k) eps: formula (4) of DDPM, one level for each row.
@@ -151,15 +132,17 @@ class DDIMScheduler:
             x^k, (B, D), dtype and device of ``original_samples``.
         """
         self.alphas_cumprod = self.alphas_cumprod.to(original_samples.device)
-        alpha_prod_t = self.alphas_cumprod.to(original_samples.dtype)[timesteps.to(original_samples.device)].unsqueeze(-1)
+        alphas_cumprod = self.alphas_cumprod.to(original_samples.dtype)
+        alpha_prod_t = alphas_cumprod[timesteps.to(original_samples.device)].unsqueeze(-1)      # (B or 1, 1)
         return alpha_prod_t**0.5 * original_samples + (1 - alpha_prod_t) ** 0.5 * noise
 
     def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio abar_k / (1 - abar_k), (B,) float32; the loss weight of the Diffusion Bridge [peer]."""
+        """Signal-to-noise ratio abar_k / (1 - abar_k), (B,) float32; the Diffusion Bridge's loss weight [peer]."""
         alpha_prod_t = self.alphas_cumprod.to(timesteps.device)[timesteps]
         return alpha_prod_t / (1 - alpha_prod_t)
 
-    def step(self, model_output: Tensor, timestep: int, sample: Tensor, prev_timestep: int | None = None) -> DDIMSchedulerOutput:
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor,
+             prev_timestep: int | None = None) -> DDIMSchedulerOutput:
         """One reverse step from level k to the next lower level: formula (12) of DDIM with eta = 0.
 
         Args:
@@ -168,9 +151,6 @@ class DDIMScheduler:
             sample: x^k, (B, D).
             prev_timestep: the level to go to, below k; -1 is the clean embedding (abar = 1). None takes the one that
                 follows k in ``timesteps``.
-
-        Returns:
-            DDIMSchedulerOutput with ``prev_sample`` and ``pred_original_sample``, both (B, D).
 
         Raises:
             ValueError: prev_timestep is None and k is not among ``timesteps``.
@@ -181,7 +161,7 @@ class DDIMScheduler:
             planned = self.timesteps.tolist()
             if timestep not in planned:
                 raise ValueError(f"timestep {timestep} is not among the planned {planned}: call set_timesteps first")
-            prev_timestep = (planned + [-1])[planned.index(timestep) + 1]
+            prev_timestep = [*planned, -1][planned.index(timestep) + 1]
 
         # 2. abar at both levels
         alpha_prod_t = self.alphas_cumprod[timestep]
@@ -199,35 +179,30 @@ class DDIMScheduler:
 
         # 6. x at the lower level, formula (12) without random noise
         prev_sample = alpha_prod_t_prev**0.5 * pred_original_sample + pred_sample_direction
-        return DDIMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
 
 
 def standard_normal(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """eps ~ N(0, I), float32, drawn where the generator lives (so a CPU generator gives one answer on every device)."""
+    """eps ~ N(0, I), float32, drawn where the generator lives: a CPU generator gives one answer on every device."""
     where = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=where).to(device)
 
 
-def ddim_sample(
-    model: Callable[[Tensor, Tensor], Tensor],
-    scheduler: DDIMScheduler,
-    sample: Tensor,
-    timesteps: Tensor,
-    project: Callable[[Tensor], Tensor] | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
+def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], scheduler: DDIMScheduler, sample: Tensor, timesteps: Tensor,
+                project: Callable[[Tensor], Tensor] | None = None,
+                callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """Take ``sample`` from level timesteps[0] to the clean embedding, one network call for each timestep.
 
-    A pure function: it draws no random number and changes none of its arguments. With one timestep it returns the network's
-    x^0 prediction unchanged.
+    A pure function: it draws no random number and changes none of its arguments. With one timestep it returns the
+    network's x^0 prediction unchanged.
 
     Args:
         model: (sample (B, D), timestep () int64) -> prediction of x^0 (B, D).
         scheduler: gives abar and the step.
         sample: x^{k*}, (B, D).
         timesteps: (n,) int64, decreasing, from ``inference_timesteps``.
-        project: applied to the sample before each network call (the Diffusion Bridge's renormalisation); None leaves it.
-        callback: called as callback(i, sample) with i = 0 for the entering sample and i = 1..n after each step.
+        project: applied to the sample before each network call (the Diffusion Bridge renormalises it), or None.
+        callback: called as callback(i, sample), i = 0 for the entering sample and i = 1..n after each step.
 
     Returns:
         x^0, (B, D), on the scale of ``sample``.
@@ -239,8 +214,7 @@ def ddim_sample(
     """
     if callback is not None:
         callback(0, sample)
-    levels = timesteps.tolist() + [-1]
-    for i, (timestep, prev_timestep) in enumerate(pairwise(levels)):
+    for i, (timestep, prev_timestep) in enumerate(pairwise([*timesteps.tolist(), -1])):
         if project is not None:
             sample = project(sample)
         model_output = model(sample, torch.tensor(timestep, device=sample.device))

@@ -43,7 +43,7 @@ import torch
 import trainer_ratios
 from ratios import Ratios
 
-from dl.plots.style import write_figure
+from dl.plots import write_figure
 
 PARTS: dict[str, Callable[[Ratios, bool], None]] = {                     # section -> what measures it, tiny or not
     "bridge_training": lambda bench, tiny: bridge_ratios.bridge_training(bench, bridge_ratios.TINY if tiny else bridge_ratios.Sizes()),

@@ -22,7 +22,7 @@ from dl import caption_files as demo
 from dl.config import REPO, get_profile
 from dl.clap import convert_laion_checkpoint
 from dl.caption_metrics import markdown_text
-from dl.plots.listen import audio_player
+from dl.plots import audio_player
 from dl.report import write_report, write_table1
 from dl.store import MetricsFile, markdown_table
 
