@@ -302,7 +302,7 @@ def test_load_split_of_audiocaps_goes_on_with_what_is_there(tmp_path):
     assert split.clusters == [("abc",), ("-x_y",)]
     assert split.waveform(1).shape == (SAMPLING_RATE,), "16 kHz comes out at 48 kHz"
     shutil.rmtree(tmp_path / "audio")
-    with pytest.raises(FileNotFoundError, match="none of the 3 clips of split 'test' is there; files are named"):
+    with pytest.raises(FileNotFoundError, match="none of the 3 clips of split 'test' is there: looked for"):
         load_split(profile, "test")
 
 
