@@ -219,16 +219,16 @@ def _margin(part: Part, value: float, low: float, high: float) -> float:
 
 
 def control_notes(frame: pd.DataFrame, experiment: str = "gap", metrics: dict[str, str] = C1_METRICS) -> list[str]:
-    """Where a control equals diffusion_link (the paired interval holds 0) or beats it, on a claim's metrics."""
+    """Where a control is not told apart from diffusion_link (the interval holds 0) or beats it, on a claim's metrics."""
     notes = []
     for control in CONTROLS:
-        words: dict[str, list[str]] = {"equals": [], "beats": []}
+        words: dict[str, list[str]] = {"is not told apart from": [], "beats": []}
         for metric, side in metrics.items():
             row = lookup(frame, Part(experiment, metric, side, control))
             if row is None or math.isnan(row["ci_low"]):
                 continue
             if row["ci_low"] <= 0 <= row["ci_high"]:
-                words["equals"].append(metric)
+                words["is not told apart from"].append(metric)
             elif (row["value"] > 0) != (side == "higher"):
                 words["beats"].append(metric)
         notes += [f"{control} {word} diffusion_link on {', '.join(found)}" for word, found in words.items() if found]
@@ -644,7 +644,7 @@ COMPARED = {      # table -> (its settings, systems, our metrics: the paper's na
 COMPARABLE = {
     "claim": "sign and rough size: other data, encoder and language model",
     "table": "no: other data, encoder and language model",
-    "audiocaps": "yes: AudioCaps' test split; see the differences register for the rest",
+    "audiocaps": "yes: AudioCaps' test split; the README lists the other differences",
 }
 OTHERS = (
     "Others' figures on AudioCaps are not ranked with ours on `data/mini`: another test set, other references "
