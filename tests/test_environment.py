@@ -16,8 +16,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from dl.config import REPO, get_profile
 from dl import check
+from dl.config import REPO, get_profile
 
 PYPROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())
 PINS = PYPROJECT["project"]["dependencies"]
