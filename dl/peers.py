@@ -229,7 +229,7 @@ class WhiteningColouring(Linear):
 
 
 class Memory(Peer):
-    """Answers made of the training captions M, (m, D), which are kept; ``_read`` turns cosines a M^T into an answer."""
+    """Answers made of the training captions M, (m, D), kept; ``_read`` turns cosines a M^T into answers."""
 
     uses_memory = True
 
