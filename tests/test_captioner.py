@@ -9,18 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dl import captioner as language_model
-from dl.captioner import LLMCaptioner
-from dl.captioner import SMOLLM2, load_language_model
-from dl.captioner_train import train_captioner
-from dl.config import CaptionerConfig
-from dl.config import resolve_dtype
+from dl.captioner import SMOLLM2, LLMCaptioner, load_language_model
+from dl.config import CaptionerConfig, resolve_dtype
 
 D = 16
 CAPTIONS = ["A dog barks", "Rain falls on a tin roof while a man is speaking", "Birds", "An engine idles and then revs up", "A bell rings"]
@@ -96,37 +94,19 @@ def test_loss_is_the_cross_entropy_of_caption_and_eos(tmp_path, embeddings, pref
     assert tokens == sum(map(len, CAPTIONS)) + len(CAPTIONS)                      # bytes, and one eos each
     torch.testing.assert_close(captioner(embeddings, CAPTIONS).item(), total / tokens, rtol=1e-5, atol=0)
     torch.testing.assert_close(captioner(embeddings, CAPTIONS, reduction="sum").item(), total, rtol=1e-5, atol=0)
-
-
-def test_loss_of_a_caption_does_not_see_its_batch(captioner, embeddings):
-    alone = [captioner(embeddings[i : i + 1], CAPTIONS[i : i + 1], reduction="sum").item() for i in range(5)]
-    assert len({round(loss, 3) for loss in alone}) == 5
-    torch.testing.assert_close(captioner(embeddings, CAPTIONS, reduction="sum").item(), sum(alone), rtol=1e-5, atol=0)
-
-
-def test_loss_depends_on_the_embedding_and_ignores_white_space(captioner, embeddings):
-    loss = captioner(embeddings, CAPTIONS)
-    assert abs(loss - captioner(embeddings.flip(0), CAPTIONS)).item() > 1e-3
-    assert loss == captioner(embeddings, [f" {caption.replace(' ', '  ')}\n" for caption in CAPTIONS])
-
-
-def test_logits_are_computed_for_caption_positions_only(captioner, embeddings):
-    shapes = []
-    captioner.language_model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[:2]))
-    captioner(embeddings, CAPTIONS)
-    assert shapes == [(5, max(map(len, CAPTIONS)) + 1)]
+    spaced = [f" {caption.replace(' ', '  ')}\n" for caption in CAPTIONS]
+    assert captioner(embeddings, CAPTIONS) == captioner(embeddings, spaced)
 
 
 def test_only_projector_and_lora_learn(captioner, embeddings):
     frozen = {name: value.clone() for name, value in captioner.named_parameters() if not value.requires_grad}
-    learning = [value for value in captioner.parameters() if value.requires_grad]
     before = {name: value.clone() for name, value in captioner.trainable_state().items()}
     assert len(before) == 4 + 2 * 2 * 2 and all("lora_" in name or name.startswith("projector.") for name in before)
     captioner.train()
     captioner(embeddings, CAPTIONS).backward()
-    torch.optim.SGD(learning, 0.1).step()
-    assert all(torch.equal(value, frozen[name]) for name, value in captioner.named_parameters() if name in frozen) and len(frozen) > 10
-    assert all(value.grad is None for value in captioner.parameters() if not value.requires_grad)
+    torch.optim.SGD([value for value in captioner.parameters() if value.requires_grad], 0.1).step()
+    after = dict(captioner.named_parameters())
+    assert len(frozen) > 10 and all(torch.equal(after[name], value) for name, value in frozen.items())
     assert all(not torch.equal(value, before[name]) for name, value in captioner.trainable_state().items())
 
 
@@ -162,19 +142,6 @@ def test_batch_of_one_equals_batch_of_eight(captioner, num_beams):
     assert len(together) == 8 and len(set(together)) > 4
 
 
-def test_generation_is_greedy_by_hand(captioner, embeddings):
-    text, table = b"", captioner.language_model.get_input_embeddings().weight
-    sequence = captioner.context(embeddings[:1])
-    for _ in range(12):
-        token = int(captioner.language_model(inputs_embeds=sequence).logits[0, -1].argmax())
-        sequence = torch.cat([sequence, table[token][None, None]], dim=1)
-        piece = captioner.tokenizer.convert_ids_to_tokens(token)
-        if piece in ("</s>", "Ċ"):
-            break
-        text += captioner.tokenizer.backend_tokenizer.decode([token]).encode() if piece != "<s>" else b""
-    assert captioner.generate(embeddings[:1])[0].replace("\ufffd", "") == text.decode().strip().replace("\ufffd", "")
-
-
 @pytest.mark.parametrize(("end", "text"), [("</s>", "a b"), ("Ċ", "a b")])
 def test_caption_ends_at_eos_or_newline(captioner, embeddings, end, text):
     script = [captioner.tokenizer.convert_tokens_to_ids(token) for token in ("Ġ", "a", "Ġ", "b", "Ġ", end, "c", "d")]
@@ -189,18 +156,14 @@ def test_caption_ends_at_eos_or_newline(captioner, embeddings, end, text):
     assert steps == [5] * 6
 
 
-def test_sampling_follows_the_seed(captioner, embeddings):
+def test_sampling_follows_the_seed_and_captions_of_one_embedding_stand_side_by_side(captioner, embeddings):
     torch.manual_seed(9)
     state = torch.get_rng_state()
-    first = captioner.generate(embeddings, do_sample=True, seed=1)
-    assert first == captioner.generate(embeddings, do_sample=True, seed=1) != captioner.generate(embeddings, do_sample=True, seed=2)
+    first, same, other = (captioner.generate(embeddings, do_sample=True, seed=seed) for seed in (1, 1, 2))
+    assert first == same != other and torch.equal(torch.get_rng_state(), state)
     generators = [torch.Generator().manual_seed(4) for _ in range(2)]
-    assert len({tuple(captioner.generate(embeddings, do_sample=True, generator=generator)) for generator in generators}) == 1
-    assert torch.equal(torch.get_rng_state(), state)
+    assert len({tuple(captioner.generate(embeddings, do_sample=True, generator=drawn)) for drawn in generators}) == 1
     assert captioner.generate(embeddings, do_sample=True, temperature=1e-3, seed=1) == captioner.generate(embeddings)
-
-
-def test_several_captions_an_embedding_stand_side_by_side(captioner, embeddings):
     beams = captioner.generate(embeddings, num_beams=3, num_return_sequences=3, batch_size=2)
     assert len(beams) == 15 and beams[::3] == captioner.generate(embeddings, num_beams=3)
     assert captioner.generate(embeddings[:0]) == []
@@ -212,73 +175,56 @@ def test_generation_drops_nothing_out_and_keeps_the_mode(folder, embeddings):
     assert captioner.train().generate(embeddings) == quiet and captioner.training
 
 
-# ----------------------------------------------------------------------------------------------------------------- storage
-def test_saved_captioner_comes_back(captioner, embeddings, folder, tmp_path):
-    captioner.save_pretrained(tmp_path / "out")
-    loaded = LLMCaptioner.from_pretrained(tmp_path / "out")
-    for name, value in captioner.trainable_state().items():
-        assert torch.equal(loaded.trainable_state()[name], value.half().float()) and loaded.trainable_state()[name].dtype == torch.float32
-    torch.testing.assert_close(loaded(embeddings, CAPTIONS), captioner(embeddings, CAPTIONS), rtol=1e-2, atol=0)
-    loaded.save_pretrained(tmp_path / "again")
-    again = LLMCaptioner.from_pretrained(tmp_path / "again")
-    assert again.generate(embeddings) == loaded.generate(embeddings) and not loaded.training
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["embed_dim"], config["language_model"], config["prefix_length"]) == (D, str(folder), 2)
-    stored = load_file(tmp_path / "out" / "model.safetensors")
-    assert {value.dtype for value in stored.values()} == {torch.float16} and stored.keys() == captioner.trainable_state().keys()
-
-
+# ------------------------------------------------------------------------------------------------- storage and refusals
 def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
     """The message is one line, and says these words."""
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
+def test_saved_captioner_comes_back(captioner, embeddings, folder, tmp_path):
+    captioner.save_pretrained(tmp_path / "out")
+    loaded = LLMCaptioner.from_pretrained(tmp_path / "out")
+    for name, value in captioner.trainable_state().items():
+        assert torch.equal(loaded.trainable_state()[name], value.half().float())
+    loaded.save_pretrained(tmp_path / "again")
+    again = LLMCaptioner.from_pretrained(tmp_path / "again")
+    assert again.generate(embeddings) == loaded.generate(embeddings) and not loaded.training
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["embed_dim"], config["language_model"], config["prefix_length"]) == (D, str(folder), 2)
+    assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+
+
 def test_damaged_or_foreign_captioners_are_refused(captioner, tmp_path):
     captioner.save_pretrained(tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    whole, settings = weights.read_bytes(), json.loads(config.read_text())
-
-    weights.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="damaged") as error:
-        LLMCaptioner.from_pretrained(tmp_path)
-    one_line(error, "train it again")
-
-    weights.write_bytes(whole)
-    for changed in ({"embed_dim": D + 1}, {"prefix_length": 1}, {"lora_r": 4}):
+    whole, settings, tensors = weights.read_bytes(), json.loads(config.read_text()), load_file(weights)
+    lacking = safetensors.torch.save({name: value for name, value in tensors.items() if name != "projector.0.bias"})
+    for content, changed, words in (
+        (whole[:-100], {}, ("damaged", "train it again")),
+        (whole, {"embed_dim": D + 1}, ("do not fit this captioner", "embed_dim, prefix_length")),
+        (whole, {"prefix_length": 1}, ("do not fit this captioner",)),
+        (whole, {"lora_r": 4}, ("do not fit this captioner",)),
+        (whole, {"colour": "red"}, ("colour",)),
+        (lacking, {}, ("projector.0.bias",)),
+    ):
+        weights.write_bytes(content)
         config.write_text(json.dumps(settings | changed))
-        with pytest.raises(ValueError, match="do not fit this captioner") as error:
+        with pytest.raises(ValueError) as error:
             LLMCaptioner.from_pretrained(tmp_path)
-        one_line(error, "embed_dim, prefix_length")
-
-    config.write_text(json.dumps(settings | {"colour": "red"}))
-    with pytest.raises(ValueError, match="colour") as error:
-        LLMCaptioner.from_pretrained(tmp_path)
-    one_line(error)
-
-    config.write_text(json.dumps(settings))
-    tensors = load_file(weights)
-    save_file({name: value for name, value in tensors.items() if name != "projector.0.bias"}, weights)
-    with pytest.raises(ValueError, match="projector.0.bias") as error:
-        LLMCaptioner.from_pretrained(tmp_path)
-    one_line(error)
-
+        one_line(error, *words)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="run notebook 07") as error:
+    with pytest.raises(FileNotFoundError, match="run notebook 07"):
         LLMCaptioner.from_pretrained(tmp_path)
-    one_line(error, "model.safetensors")
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
 def test_wrong_embeddings_and_captions_are_refused_in_one_line(captioner, embeddings):
     holed = embeddings.clone()
     holed[2, 3] = float("nan")
-    for wrong, word in ((holed, "NaN"), (embeddings[:, :-1], f"{D - 1} wide but the captioner expects {D}"), (embeddings[0], "shape"),
-                        (embeddings.numpy(), "torch tensor")):
-        for call in (captioner.generate, lambda x: captioner(x, CAPTIONS[: len(x)])):
-            if wrong.ndim == 1:
-                call = captioner.generate
+    for wrong, word in ((holed, "NaN"), (embeddings[:, :-1], f"{D - 1} wide but the captioner expects {D}"),
+                        (embeddings[0], "shape"), (embeddings.numpy(), "torch tensor")):
+        for call in (captioner.generate, lambda x: captioner(x, (CAPTIONS * 4)[: len(x)])):
             with pytest.raises(ValueError, match=word) as error:
                 call(wrong)
             one_line(error, "embeddings")
@@ -288,35 +234,28 @@ def test_wrong_embeddings_and_captions_are_refused_in_one_line(captioner, embedd
         captioner(embeddings[:2], ["A dog", " \n"])
 
 
-def test_language_models_without_the_layers_and_unknown_names_are_refused(folder, tmp_path):
+def test_unfit_language_models_are_refused(folder, tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="q_proj") as error:
-        LLMCaptioner(D, tiny_config(tmp_path))
-    one_line(error, "Llama")
-    with pytest.raises(ValueError, match="nobody/nothing") as error:
-        LLMCaptioner(D, tiny_config(Path("nobody/nothing")))
-    one_line(error, "check the name")
-    with pytest.raises(ValueError, match="float64") as error:
-        LLMCaptioner(D, tiny_config(folder, dtype="float64"))
-    one_line(error, "auto, float32, bfloat16 or 4bit")
     damaged = tiny_language_model(tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-10])
-    with pytest.raises(ValueError, match="damaged") as error:
-        load_language_model(str(damaged))
-    one_line(error, "delete that folder")
+    for config, words in ((tiny_config(tmp_path), ("q_proj", "Llama")), (tiny_config(damaged), ("damaged", "delete that folder")),
+                          (tiny_config(Path("nobody/nothing")), ("nobody/nothing", "check the name")),
+                          (tiny_config(folder, dtype="float64"), ("float64", "auto, float32, bfloat16 or 4bit"))):
+        with pytest.raises(ValueError) as error:
+            LLMCaptioner(D, config)
+        one_line(error, *words)
 
 
 def test_auto_dtype_asks_what_the_machine_can(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for capabilities, dtype in (({}, torch.float32), ({"avx2": True, "avx512_bf16": False}, torch.float32),
+    for capabilities, dtype in (({"avx2": True, "avx512_bf16": False}, torch.float32),
                                 ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert resolve_dtype("auto") == dtype
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert resolve_dtype("auto") == torch.float32
-    assert (resolve_dtype("float32"), resolve_dtype("bfloat16")) == (torch.float32, torch.bfloat16)
 
 
 def test_bfloat16_is_for_the_frozen_weights_only(captioner, folder, embeddings):
@@ -375,14 +314,6 @@ def test_smollm2_knows_english_and_matches_the_sum_by_hand(smollm2):
     assert smollm2(embeddings[:1], [sense]) < smollm2(embeddings[:1], [nonsense]) - 1
 
 
-def test_smollm2_batch_of_one_equals_batch_of_eight(smollm2, monkeypatch):
-    prompt = smollm2.tokenizer("The first thing that I heard in the forest was", add_special_tokens=False).input_ids
-    monkeypatch.setitem(smollm2._buffers, "prompt_ids", torch.tensor(prompt))      # untrained, it has more to say to this one
-    embeddings = F.normalize(torch.randn(8, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
-    together = smollm2.generate(embeddings, max_new_tokens=4)
-    assert smollm2.generate(embeddings, max_new_tokens=4, batch_size=1) == together and min(map(len, together)) > 5
-
-
 def test_smollm2_captioner_is_small_and_names_its_base(smollm2, tmp_path):
     smollm2.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 5_000_000
@@ -391,8 +322,3 @@ def test_smollm2_captioner_is_small_and_names_its_base(smollm2, tmp_path):
     assert sum(value.numel() for name, value in smollm2.trainable_state().items() if "lora" in name) == 460_800
 
 
-def test_smollm2_learns(smollm2, monkeypatch):
-    config = replace(smollm2.config, train_steps=8, batch_size=2, learning_rate=5e-3, warmup_steps=0)
-    monkeypatch.setattr(smollm2, "config", config)
-    history = train_captioner(smollm2, torch.eye(256)[:2], ["Rain falls", "A dog barks"])
-    assert history.loss.iloc[-1] < 0.5 * history.loss.iloc[0]

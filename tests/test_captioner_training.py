@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_captioner import CAPTIONS, D, loss_by_hand, one_line, tiny_config, tiny_language_model
 
-from dl import captioner_train
 from dl import captioner as language_model
+from dl import captioner_train
 from dl.captioner import LLMCaptioner
 from dl.captioner_train import BucketSampler, caption_loss, learning_rate, train_captioner
-from dl.config import REPO, CaptionerConfig
-from dl.config import number_format, resolve_dtype
+from dl.config import REPO, CaptionerConfig, number_format, resolve_dtype
 
 FOUR = ["A dog", "Rain", "A bell", "Birds"]
 
@@ -168,26 +167,20 @@ def test_finished_fit_is_loaded_and_another_is_not(folder, pairs, tmp_path, caps
 def test_batches_hold_every_row_once_an_epoch_and_little_padding():
     lengths = torch.randint(3, 40, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     sampler, same, other = (BucketSampler(lengths, 16, seed) for seed in (0, 0, 1))
-    assert sampler.batches_per_epoch == 32
     first, second = (torch.stack([sampler[epoch * 32 + i] for i in range(32)]) for epoch in (0, 1))
-    for epoch in (first, second):
-        assert sorted(epoch.flatten().tolist()) == list(range(512))
+    assert sorted(first.flatten().tolist()) == sorted(second.flatten().tolist()) == list(range(512))
     assert not torch.equal(first, second) and torch.equal(same[40], second[8]) and not torch.equal(other[0], first[0])
     rows = torch.tensor(lengths)[first]
     assert (rows.amax(1) * 16).sum() < 1.1 * rows.sum()                            # 1.8 without the sorting
     assert not torch.equal(rows.amax(1), rows.amax(1).sort().values)
-    short = BucketSampler([5, 6, 7], 16, 0)
-    assert [sorted(short[i].tolist()) for i in range(3)] == [[0, 1, 2]] * 3
+    assert sorted(BucketSampler([5, 6, 7], 16, 0)[2].tolist()) == [0, 1, 2]
     assert BucketSampler([5] * 39, 16, 0).batches_per_epoch == 2
 
 
 def test_learning_rate_warms_up_and_falls():
     config = CaptionerConfig(learning_rate=1.0, warmup_steps=4, train_steps=12)
-    assert [learning_rate(config, step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert learning_rate(config, 8) == pytest.approx(0.5) and learning_rate(config, 11) == pytest.approx(0.0381, abs=1e-4)
+    assert [learning_rate(config, step) for step in (0, 3, 4, 8)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
     assert learning_rate(replace(config, lr_schedule="constant"), 11) == 1.0
-    with pytest.raises(ValueError, match="linear"):
-        learning_rate(replace(config, lr_schedule="linear"), 0)
 
 
 def test_what_cannot_be_trained_is_refused_in_one_line(folder, pairs):
@@ -318,14 +311,8 @@ def test_a_lack_of_memory_ends_in_advice(folder, pairs, monkeypatch, error):
     monkeypatch.setattr(captioner.language_model, "generate", lacking)
     with pytest.raises(torch.OutOfMemoryError, match=r"22 embeddings at a time, 1 beams\): give generate a smaller batch_size"):
         captioner.generate(pairs[0])
-
-
-def test_other_errors_stay_what_they_are(folder, pairs, monkeypatch):
-    def wrong(*_, **__):
-        raise RuntimeError("shapes differ")
-
-    monkeypatch.setattr(LLMCaptioner, "forward", wrong)
-    with pytest.raises(RuntimeError, match="^shapes differ$"):
+    monkeypatch.setattr(LLMCaptioner, "forward", lambda *_, **__: 1 @ torch.ones(1))     # another error stays what it is
+    with pytest.raises(TypeError):
         train(folder, pairs)
 
 
