@@ -219,7 +219,7 @@ def _margin(part: Part, value: float, low: float, high: float) -> float:
 
 
 def control_notes(frame: pd.DataFrame, experiment: str = "gap", metrics: dict[str, str] = C1_METRICS) -> list[str]:
-    """Where a control is not told apart from diffusion_link (the interval holds 0) or beats it, on a claim's metrics."""
+    """Where a control is not told apart from diffusion_link (the interval holds 0), or beats it, on some metrics."""
     notes = []
     for control in CONTROLS:
         words: dict[str, list[str]] = {"is not told apart from": [], "beats": []}
