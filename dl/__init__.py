@@ -2,23 +2,19 @@
 
 The package in reading order, each module importing only what stands above it:
 
-* ``config``       profiles smoke, mini and paper: sizes, paths, hyper-parameters, each with its source
-* ``results``      files of results/<profile>/: atomic writing, metrics.csv, provenance
-* ``audio``        sound files, opened with distrust
-* ``data``         clips and captions; ``scenes`` mixes those of data/mini from real recordings, ``audiocaps`` knows its layouts and counts
-* ``precision``    float32 or bfloat16, whichever the machine computes faster
-* ``workers``      independent fits and scores side by side, several processes on a CPU
-* ``encoder/``     the frozen CLAP encoder and its embedding cache
-* ``bridge/``      Diffusion-Link: noise schedule, network, losses, training loop
-* ``captioner/``   a frozen language model that puts one vector into words; captions of your own files
-* ``peers/``       the other systems of Table 1, closed forms and trained ones
-* ``metrics/``     the modality gap and captions, measured, with intervals
-* ``report/``      tables, claims and their verdict rules, the replication report, the README's numbers, the checkpoints' cards
-* ``experiments``  what Table 1 runs: tuning on val, fits, scores on test
-* ``captioning``   what Table 2 runs: decoders, captions of every system, scores on test
-* ``plots/``       one function per figure
-* ``demo``         ``python -m dl demo``: notebook 11 as a page on 127.0.0.1
-* ``pipeline/``    stages, stamps, ``python -m dl check``, and the long jobs in several processes
+* ``config``           profiles smoke, mini and paper: sizes, paths, hyper-parameters, each with its source
+* ``store``            files of results/<profile>/: atomic writing, keys, checkpoints, metrics.csv
+* ``data``             clips and captions, AudioCaps' folders, the scenes of data/mini, sound files opened with distrust
+* ``mini_clap``        our small encoder; ``clap`` is the encoder with its three doors and the cache of vectors
+* ``scheduler``        noise schedule and DDIM; ``bridge`` has network and losses, ``train`` the loop
+* ``peers``            the other systems of Table 1
+* ``captioner``        a frozen language model that puts one vector into words; ``captioner_train`` is its loop
+* ``gap``              the modality gap, measured; ``bootstrap`` gives intervals, ``caption_metrics`` scores captions
+* ``report``           tables, claims and their verdict rules, the checkpoints' cards
+* ``experiments``      what Tables 1 and 2 run: tuning on val, fits, decoders, captions, scores on test
+* ``plots``            colours, style, ``save_figure``, the sound player
+* ``caption_files``    ``python -m dl caption`` and ``python -m dl demo``: captions of your own files
+* ``check``            ``python -m dl check``; ``run`` has stages, stamps and the long jobs in several processes
 
 The public names below load their module when first used, so that ``import dl`` costs nothing.
 
