@@ -4,7 +4,7 @@ The package in reading order, each module importing only what stands above it:
 
 * ``config``           profiles smoke, mini and paper: sizes, paths, hyper-parameters, each with its source
 * ``store``            files of results/<profile>/: atomic writing, keys, checkpoints, metrics.csv
-* ``data``             clips and captions, AudioCaps' folders, the scenes of data/mini, sound files opened with distrust
+* ``data``             clips and captions, AudioCaps' folders, the scenes of data/mini, sound files, distrusted
 * ``mini_clap``        our small encoder; ``clap`` is the encoder with its three doors and the cache of vectors
 * ``scheduler``        noise schedule and DDIM; ``bridge`` has network and losses, ``train`` the loop
 * ``peers``            the other systems of Table 1

@@ -1,8 +1,7 @@
-"""``python -m dl caption``: captions of the user's own sound files, window by window.
+"""``python -m dl caption``: captions of the user's own sound files; ``python -m dl demo``: the same as a local page.
 
-encoder -> bridge -> captioner, nothing else. A file of any length is read in windows of 10 s, what the encoder hears at once
-[paper~], so that an hour of sound takes no more memory than a minute. A file that cannot be used is named with the reason and
-what to do; the others are done all the same.
+A file of any length is read in windows of 10 s, what the encoder hears at once [paper~], so that an hour of sound takes no
+more memory than a minute. A file that cannot be used is named with the reason; the others are done all the same.
 """
 from __future__ import annotations
 
@@ -29,7 +28,18 @@ from dl.bridge import DiffusionLink
 from dl.captioner import LLMCaptioner
 from dl.clap import ClapEncoder, load_embeddings
 from dl.config import Profile
-from dl.data import SAMPLING_RATE, SHORTEST_S, SILENCE, AudioError, Split, check_end, check_waveform, load_split, open_audio, read_audio
+from dl.data import (
+    SAMPLING_RATE,
+    SHORTEST_S,
+    SILENCE,
+    AudioError,
+    Split,
+    check_end,
+    check_waveform,
+    load_split,
+    open_audio,
+    read_audio,
+)
 from dl.gap import nearest_captions
 from dl.plots import COLOURS, DOTS_PER_INCH, audio_player, plot_place, plot_waveform
 
@@ -50,15 +60,11 @@ def read_windows(path: str | Path) -> Iterator[Window]:
 
     A rest shorter than 1 s after a full window is left out; a file shorter than 1 s is one window.
 
-    Args:
-        path: any file that soundfile reads, at any sampling rate, with any number of channels.
-
     Yields:
-        (start in s, end in s, samples (n,)), or None in place of the samples where the window is silent (peak below -100 dBFS).
+        (start in s, end in s, samples (n,)), or None for the samples where the window is silent (peak below -100 dBFS).
 
     Raises:
-        AudioError: not there, not audio, empty, shorter than 0.05 s, silent from end to end, or with NaN or infinite samples.
-            It may come after some windows (a damaged end); the message names the file and says what to do.
+        AudioError: it cannot be used, or, after some windows, its end is damaged; the message says what to do.
     """
     path, heard, place, count = Path(path), False, 0, 0
     with open_audio(path) as file:
@@ -69,10 +75,11 @@ def read_windows(path: str | Path) -> Iterator[Window]:
             if seconds < (TAIL_S if place else SHORTEST_S):
                 check_end(path, file, count)
                 if not place:
-                    raise AudioError(f"{path}: {len(samples)} samples at {rate} Hz are too short; give at least {SHORTEST_S} s")
+                    raise AudioError(f"{path}: {len(samples)} samples at {rate} Hz are too short; "
+                                     f"give at least {SHORTEST_S} s")
                 break
             waveform, place = samples.mean(axis=1), place + 1
-            silent = np.abs(waveform).max() < SILENCE                                # False for NaN, which check_waveform names
+            silent = np.abs(waveform).max() < SILENCE                # False for NaN, which check_waveform names
             heard |= not silent
             yield start, start + seconds, None if silent else check_waveform(waveform, rate, str(path))
     if not heard:
@@ -80,34 +87,36 @@ def read_windows(path: str | Path) -> Iterator[Window]:
 
 
 def load_models(profile: Profile, bridge: bool = True) -> tuple[ClapEncoder, DiffusionLink | None, LLMCaptioner]:
-    """Load the profile's encoder, bridge (None where it is not wanted) and captioner.
-
-    Args:
-        profile: its ``results_dir/checkpoints`` holds ``bridge`` and ``captioner``.
+    """The profile's encoder, bridge (None where it is not wanted) and captioner, from ``results_dir/checkpoints``.
 
     Raises:
-        MissingWeights: a checkpoint is absent, or was made for another encoder.
+        MissingWeights: a checkpoint is absent, holds NaN, or was made for another encoder.
+        ValueError, OSError, ModuleNotFoundError: what a model itself says in one line.
     """
-    folder = profile.results_dir / "checkpoints"
-    stages = {"captioner": "07"} | ({"bridge": "05"} if bridge else {})
-    for name, stage in stages.items():
+    folder, command = profile.results_dir / "checkpoints", f"./run_all.sh --profile {profile.name} --only"
+    kinds = {"captioner": (LLMCaptioner, "07")} | ({"bridge": (DiffusionLink, "05")} if bridge else {})
+    models: dict[str, Any] = {}
+    for name, (_, stage) in kinds.items():
         if not (folder / name / "config.json").is_file():
             raise MissingWeights(f"the {name} of profile {profile.name} is missing ({folder / name}): "
-                                 f"make it with ./run_all.sh --profile {profile.name} --only {stage}")
-    remedies = {name: f"./run_all.sh --profile {profile.name} --only {stage} --force" for name, stage in stages.items()}
-    captioner = opened(LLMCaptioner, folder / "captioner", remedies).to("cuda" if torch.cuda.is_available() else "cpu")
-    link = opened(DiffusionLink, folder / "bridge", remedies) if bridge else None
+                                 f"make it with {command} {stage}")
+    for name, (kind, stage) in kinds.items():
+        models[name] = kind.from_pretrained(folder / name)
+        if not all(torch.isfinite(value).all() for value in models[name].parameters()):
+            raise MissingWeights(f"the {name} in {folder / name} has weights that are NaN or infinite: "
+                                 f"make it anew with {command} {stage} --force")
     encoder = ClapEncoder.from_pretrained(profile.encoder)
-    widths = {name: model.embed_dim for name, model in (("captioner", captioner), ("bridge", link)) if model is not None}
-    for name, width in widths.items():
-        if width != encoder.embed_dim:
-            raise MissingWeights(f"the {name} of profile {profile.name} takes vectors of {width} numbers, the encoder {profile.encoder} gives "
-                                 f"{encoder.embed_dim}: make it anew with {remedies[name]}")
-    return encoder, link, captioner
+    for name, model in models.items():
+        if model.embed_dim != encoder.embed_dim:
+            raise MissingWeights(f"the {name} of profile {profile.name} takes vectors of {model.embed_dim} numbers, the "
+                                 f"encoder {profile.encoder} gives {encoder.embed_dim}: make it anew with "
+                                 f"{command} {kinds[name][1]} --force")
+    captioner = models["captioner"].to("cuda" if torch.cuda.is_available() else "cpu")
+    return encoder, models.get("bridge"), captioner
 
 
 def bridged(link: DiffusionLink, audio_emb: torch.Tensor) -> torch.Tensor:
-    """(B, D) -> (B, D) through the bridge, whose noise starts from seed 0 at every call: a file has the same captions whatever stands beside it."""
+    """(B, D) -> (B, D); noise from seed 0 at every call: a file has the same captions whatever stands beside it."""
     return link(audio_emb, generator=torch.Generator().manual_seed(0))
 
 
@@ -122,27 +131,10 @@ def load_captions(profile: Profile, bridge: bool = True) -> Captions:
     return captions
 
 
-def opened(kind: Any, folder: Path, remedies: dict[str, str]) -> torch.nn.Module:
-    """``kind.from_pretrained(folder)``, whose weights must be numbers.
-
-    Raises:
-        MissingWeights: the weights hold NaN; the folder's remedy makes them anew.
-        ValueError, OSError, ModuleNotFoundError: what the model itself says in one line.
-    """
-    model = kind.from_pretrained(folder)
-    if not all(torch.isfinite(value).all() for value in model.parameters()):
-        raise MissingWeights(f"the {folder.name} in {folder} has weights that are NaN or infinite: make it anew with {remedies[folder.name]}")
-    return model
-
-
 def caption_file(path: str | Path, captions: Captions) -> Iterator[dict]:
-    """Caption one file.
+    """Caption one file: a dict a window with ``file``, ``start_s``, ``end_s`` and ``caption``.
 
-    Yields:
-        a dict a window: ``file``, ``start_s``, ``end_s`` and ``caption``, which is None with a ``note`` where the window is silent.
-
-    Raises:
-        AudioError: see :func:`read_windows`.
+    The caption is None, with a ``note``, where the window is silent. Raises what :func:`read_windows` raises.
     """
     waiting: list[Window] = []
 
@@ -160,7 +152,7 @@ def caption_file(path: str | Path, captions: Captions) -> Iterator[dict]:
             if len(waiting) == BATCH:
                 yield from done()
     except AudioError:
-        if any(waveform is not None for _, _, waveform in waiting):                  # what came before the damage has its captions
+        if any(waveform is not None for _, _, waveform in waiting):     # what came before the damage is captioned
             yield from done()
         raise
     yield from done()
@@ -181,7 +173,7 @@ def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = 
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():      # stdout is for captions
                 warnings.simplefilter("ignore")
                 captions = load_captions(profile, bridge)
-        except Exception as error:                     # absent, damaged, no memory, no disk: each says what to do
+        except Exception as error:  # noqa: BLE001 - absent, damaged, no memory, no disk: each says what to do
             entries += [{"file": str(path), "error": str(error)} for path in paths]
             print(f"caption: {printable(one_line(error))}", file=sys.stderr)
             return 1
@@ -195,7 +187,7 @@ def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = 
                         print(f"{printable(str(path))}  {times}  {text}", flush=True)
             except BrokenPipeError:
                 raise
-            except Exception as error:                 # this file's sound, a vector that a model refuses, lacking memory
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other files are done
                 reason = one_line(error).removeprefix(f"{Path(path)}: ")
                 entries.append({"file": str(path), "error": reason})
                 print(f"caption: {printable(f'{Path(path)}: {reason}')}", file=sys.stderr, flush=True)
@@ -220,19 +212,14 @@ def clock(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: control characters, line ends and undecodable bytes of a file name are shown as escapes."""
+    """Text for a terminal: control characters, line ends and undecodable bytes are shown as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-
-
-# ----------------------------------------------------------------------------------------------------
-# ``python -m dl demo``: notebook 11 as a page. Drop a file, see and hear it, read its captions with and without the bridge.
-
-
+# ------------------------------------------------------------------------------------------------ python -m dl demo
 HOST, PORT = "127.0.0.1", 7860
 LARGEST_MB = 50               # of a file [ours]; a minute of a stereo WAV at 44.1 kHz has 10 MB
-NEAREST, SCENES = 5, 6        # captions in the table; test scenes to choose from, evenly spaced: nobody picked them
+NEAREST, SCENES = 5, 6        # captions in the table; test scenes to choose from, evenly spaced
 ABOUT = f"""# Caption your own sound
 
 Any WAV, FLAC, Ogg, Opus or MP3 file of at most {LARGEST_MB} MB. The first {WINDOW_S} s are heard; `python -m dl caption` takes files of any
@@ -240,13 +227,16 @@ length. The file stays on this machine and is not kept."""
 CSS = f"""
 footer {{ display: none !important }} .gradio-container {{ max-width: 62rem !important; margin: auto }}
 .dl-captions {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin: 1rem 0 }}
-.dl-captions div {{ border-left: 4px solid {COLOURS["audio"]}; padding: .2rem 1rem }} .dl-captions .dl-bridged {{ border-color: {COLOURS["bridged"]} }}
-.dl-captions p {{ font-size: 1.15rem; margin: .3rem 0 0 }} .dl-answer h3 {{ font-size: 1rem; margin: 1.4rem 0 .4rem }}
-.dl-answer :is(table, tr, th, td) {{ border: 0 }} .dl-answer table {{ border-collapse: collapse; width: 100% }} .dl-answer tr:first-child {{ opacity: .75 }}
-.dl-answer :is(th, td) {{ text-align: left; font-weight: normal; padding: .25rem 1.5rem .25rem 0; border-bottom: 1px solid #8884 }}
+.dl-captions div {{ border-left: 4px solid {COLOURS["audio"]}; padding: .2rem 1rem }}
+.dl-captions .dl-bridged {{ border-color: {COLOURS["bridged"]} }} .dl-captions p {{ font-size: 1.15rem; margin: .3rem 0 0 }}
+.dl-answer h3 {{ font-size: 1rem; margin: 1.4rem 0 .4rem }} .dl-answer table {{ border-collapse: collapse; width: 100% }}
+.dl-answer :is(table, tr, th, td) {{ border: 0 }} .dl-answer tr:first-child {{ opacity: .75 }}
+.dl-answer :is(th, td) {{ text-align: left; font-weight: normal; padding: .25rem 1.5rem .25rem 0 }}
+.dl-answer td {{ border-bottom: 1px solid #8884 }}
 .dl-answer img {{ width: 100%; background: white; border-radius: 4px }} .dl-answer audio {{ width: 100% }}
 .dl-note {{ opacity: .75; font-size: .9rem }} .dl-error {{ color: #B3261E }} .dark .dl-error {{ color: #F2B8B5 }}
 """
+
 
 class Page(Protocol):
     """Samples (n,) float32 at 48 kHz, a title, a note -> what the page shows, as HTML."""
@@ -255,7 +245,7 @@ class Page(Protocol):
 
 
 def text(words: str) -> str:
-    """Words as HTML that stays words: escaped for HTML, for Gradio's templates (``${}``, ``{{}}``) and for control characters."""
+    """Words as HTML that stays words: escaped for HTML, for Gradio's templates (``${}``, ``{{}}``), for terminals."""
     return html.escape(printable(words)).translate({ord(c): f"&#{ord(c)};" for c in "${}`"})
 
 
@@ -273,13 +263,10 @@ def image(figure: Figure, alt: str) -> str:
 
 
 def load_page(profile: Profile) -> Page:
-    """Load the profile's models, and the cached vectors of train where there are some.
-
-    Returns:
-        a function: samples (n,) float32 at 48 kHz, a title, a note -> what the page shows, as HTML.
+    """The page's function, with the profile's models and the cached vectors of train where there are some.
 
     Raises:
-        MissingWeights: see :func:`dl.caption_files.load_models`.
+        MissingWeights: see :func:`load_models`.
     """
     encoder, link, captioner = load_models(profile)
     assert link is not None                                                          # it was asked for
@@ -288,27 +275,27 @@ def load_page(profile: Profile) -> Page:
     except FileNotFoundError as error:
         train, absent = None, f"Nearest captions and the map are left out: {error}"
 
+    def nearest(raw: torch.Tensor, across: torch.Tensor) -> str:
+        found = nearest_captions(np.concatenate([raw, across]), train.text, train.captions, NEAREST)
+        cells = [(text(a), f"{x:.2f}", text(b), f"{y:.2f}") for (a, x), (b, y) in zip(*found, strict=True)]
+        rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
+        head = "<tr><th>of the raw vector</th><th>cosine</th><th>of the bridged vector</th><th>cosine</th></tr>"
+        figure, _ = plot_place(train.audio.numpy(), train.text.numpy(), raw.numpy(), across.numpy())
+        place = image(figure, "the clip before and after the bridge, among sounds and captions of train")
+        return (f"<h3>Nearest captions of train</h3><table>{head}{rows}</table>"
+                f"<h3>Its place in the map of train</h3>{place}")
+
     def page(waveform: np.ndarray, title: str, note: str = "") -> str:
         raw = encoder.embed_audio([waveform])                                        # (1, D)
         across = bridged(link, raw)                                                  # (1, D)
         without, with_it = captioner.generate(raw)[0], captioner.generate(across)[0]
-        parts = [
-            audio_player(waveform, SAMPLING_RATE).data.replace('preload="none" ', ""),       # its length is shown at once
-            image(plot_waveform(waveform, SAMPLING_RATE), "waveform"),
-            f'<div class="dl-captions"><div>without the bridge<p>{text(without)}</p></div>',
-            f'<div class="dl-bridged">with the bridge<p>{text(with_it)}</p></div></div>',
-            f'<p class="dl-note">Cosine of the raw and the bridged vector: {float((raw * across).sum()):.2f}. {text(note)}</p>',
-        ]
-        if train is None:
-            parts.append(f'<p class="dl-note">{text(absent)}</p>')
-        else:
-            pairs = zip(*nearest_captions(np.concatenate([raw, across]), train.text, train.captions, NEAREST), strict=True)
-            rows = "".join(f"<tr><td>{text(a)}</td><td>{x:.2f}</td><td>{text(b)}</td><td>{y:.2f}</td></tr>" for (a, x), (b, y) in pairs)
-            head = "<tr><th>of the raw vector</th><th>cosine</th><th>of the bridged vector</th><th>cosine</th></tr>"
-            figure, _ = plot_place(train.audio.numpy(), train.text.numpy(), raw.numpy(), across.numpy())
-            place = image(figure, "the clip before and after the bridge, among sounds and captions of train")
-            parts += [f"<h3>Nearest captions of train</h3><table>{head}{rows}</table>", f"<h3>Its place in the map of train</h3>{place}"]
-        return f'<div class="dl-answer"><h3>{text(title)}</h3>{"".join(parts)}</div>'
+        cosine = float((raw * across).sum())
+        player = audio_player(waveform, SAMPLING_RATE).data.replace('preload="none" ', "")       # its length shows at once
+        more = f'<p class="dl-note">{text(absent)}</p>' if train is None else nearest(raw, across)
+        return (f'<div class="dl-answer"><h3>{text(title)}</h3>{player}{image(plot_waveform(waveform, SAMPLING_RATE), "waveform")}'
+                f'<div class="dl-captions"><div>without the bridge<p>{text(without)}</p></div>'
+                f'<div class="dl-bridged">with the bridge<p>{text(with_it)}</p></div></div>'
+                f'<p class="dl-note">Cosine of the raw and the bridged vector: {cosine:.2f}. {text(note)}</p>{more}</div>')
 
     return page
 
@@ -337,7 +324,8 @@ def serve(profile: Profile, port: int = PORT) -> int:
         Exit code: 0, or 1 with one line on stderr where Gradio, a model or the port is not to be had.
     """
     with tempfile.TemporaryDirectory(prefix="dl-demo-") as folder:                   # what Gradio writes goes with it
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
+        quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        os.environ |= quiet | {"GRADIO_TEMP_DIR": folder}
         try:
             import gradio
 
@@ -351,10 +339,12 @@ def serve(profile: Profile, port: int = PORT) -> int:
             return 1
         plt.switch_backend("agg")                                                    # figures are drawn in a thread of the server
         blocks = form(gradio, page, profile, Path(folder).resolve())
-        theme = gradio.themes.Default(font=["system-ui", "DejaVu Sans", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        theme = gradio.themes.Default(font=["system-ui", "DejaVu Sans", "sans-serif"],
+                                      font_mono=["ui-monospace", "monospace"])
         try:
-            blocks.launch(server_name=HOST, server_port=port, share=False, inbrowser=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
-                          max_file_size=LARGEST_MB * 2**20, footer_links=[], enable_monitoring=False, pwa=False, mcp_server=False, theme=theme, css=CSS)
+            blocks.launch(server_name=HOST, server_port=port, share=False, inbrowser=False, quiet=True,
+                          prevent_thread_lock=True, ssr_mode=False, max_file_size=LARGEST_MB * 2**20, footer_links=[],
+                          enable_monitoring=False, pwa=False, mcp_server=False, theme=theme, css=CSS)
         except (OSError, OverflowError):
             print(f"demo: port {port} of {HOST} is in use or is none: give another by --port N", file=sys.stderr)
             return 1
@@ -365,7 +355,7 @@ def serve(profile: Profile, port: int = PORT) -> int:
 
 
 def form(gradio: Any, page: Page, profile: Profile, folder: Path) -> Any:
-    """The page's form as ``gradio.Blocks``: a file or a scene goes in, HTML comes out; an upload (in ``folder``) is removed once it is answered."""
+    """The form as ``gradio.Blocks``: a file or a scene goes in, HTML comes out; an upload is removed once answered."""
     def upload(path: str) -> tuple[str, None]:
         try:
             return answer_file(page, path), None                                     # None: the field is free for the next file
@@ -373,7 +363,8 @@ def form(gradio: Any, page: Page, profile: Profile, folder: Path) -> Any:
             if Path(path).resolve().is_relative_to(folder):
                 Path(path).unlink(missing_ok=True)
 
-    split, once = None, {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
+    split = None
+    once = {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
     with gradio.Blocks(title="Diffusion-Link", analytics_enabled=False) as blocks:
         gradio.Markdown(ABOUT)
         with gradio.Row():

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -163,13 +164,15 @@ def _dequantised(gguf: Path, sha256: str) -> Path:
     try:
         return _unpacked(gguf, folder)
     except (SafetensorError, OSError) as error:                  # safetensors' "no space left" is no OSError
-        raise ValueError(f"the language model (540 MB) cannot be unpacked into {folder.parent} ({' '.join(str(error).split())[:100]}): "
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"the language model (540 MB) cannot be unpacked into {folder.parent} ({reason}): "
                          "free space there, or set XDG_CACHE_HOME to a folder with room") from error
 
 
 def _unpacked(gguf: Path, folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".smollm2-unpacking-", suffix=f"-{os.getpid()}", dir=folder.parent) as temporary, _quiet():
+    suffix = f"-{os.getpid()}"                                    # by which _dequantised knows whose it is
+    with tempfile.TemporaryDirectory(suffix, ".smollm2-unpacking-", folder.parent) as temporary, _quiet():
         made, float32 = Path(temporary) / "model", GgufConfig(dequantize=True)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
         AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
@@ -180,13 +183,14 @@ def _unpacked(gguf: Path, folder: Path) -> Path:
 
 
 def _sentencepiece_messages() -> None:
-    """Let transformers read a ``tokenizer.model`` where its own copy of sentencepiece's messages was registered first."""
+    """Let transformers read a ``tokenizer.model`` where its copy of sentencepiece's messages was registered first."""
     try:
         importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     except TypeError:
-        sys.modules["sentencepiece.sentencepiece_model_pb2"] = sys.modules["transformers.utils.sentencepiece_model_pb2_new"]
+        own = sys.modules["transformers.utils.sentencepiece_model_pb2_new"]
+        sys.modules["sentencepiece.sentencepiece_model_pb2"] = own
     except ImportError:
-        pass                                                     # only such folders need the package; transformers names it
+        pass                                                     # only such folders need it; transformers names it
 
 
 @contextmanager
@@ -196,7 +200,9 @@ def _quiet() -> Iterator[None]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)       # peft asks transformers by names that are going
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -243,7 +249,7 @@ class LLMCaptioner(nn.Module):
         # torch would multiply a slice of hidden states row by row, with a copy of the vocabulary's matrix for each
         base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         width = base.get_input_embeddings().embedding_dim
-        with seeded(seed, base.device):
+        with seeded(seed, base.device), _quiet():
             self.language_model = get_peft_model(base, LoraConfig(
                 r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
                 target_modules=list(TARGETS)))

@@ -152,7 +152,8 @@ def encoder(profile: Profile) -> str:
         beside = (folder / "tokenizer").is_dir() or (tokenizer and Path(tokenizer).is_dir())
         if not (beside or _cached("roberta-base", weights=False)):
             raise Missing(f"roberta-base's tokenizer, which laion-clap needs with {path.name}: "
-                          "hf download roberta-base (only its tokenizer files are used), or set DL_ROBERTA_TOKENIZER to a folder with them")
+                          "hf download roberta-base (only its tokenizer files are used), or set DL_ROBERTA_TOKENIZER "
+                          "to a folder with them")
         return f"{name}, through laion-clap"
     if _folder(name, todo):
         return f"{name}, through transformers"

@@ -110,7 +110,7 @@ class ClapEncoder:
             AudioError: a waveform is empty, too short, silent or not finite; the message gives its place.
         """
         if getattr(waveforms, "ndim", 2) == 1 and len(waveforms):
-            waveforms = [waveforms]                                                # one sound: a list of one
+            waveforms = [waveforms]  # type: ignore[list-item]      # one sound: a list of one
         elif len(waveforms) and np.ndim(waveforms[0]) == 0:
             raise ValueError("embed_audio takes a list of waveforms; put brackets around a single one")
         prepared = [crop(check_waveform(waveform, sampling_rate, f"waveform {place}")) for place, waveform in enumerate(waveforms)]
@@ -221,7 +221,7 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     final = profile.cache_dir / "embeddings" / f"{split.name}.safetensors"
     if found := load_checkpoint(final, name):
         _remove_shards(final)
-        return Embeddings(split=split.name, **found[0], **found[1])
+        return _embeddings(split.name, *found)
     size = min(SHARD_SIZE, -(-len(split) // world))
     shards = final.with_name(f"{split.name}-{name.digest}-{size}")
     files = [shards / f"{start:08d}.safetensors" for start in range(0, len(split), size)]
@@ -287,6 +287,10 @@ def _embed_shard(shard: Path, split: Split, places: range, encoder: ClapEncoder,
     save_checkpoint(shard, tensors, {"skipped": [str(errors[place]) for place in sorted(errors)]}, name)
 
 
+def _embeddings(split: str, tensors: dict[str, Any], lists: dict[str, Any]) -> Embeddings:
+    return Embeddings(split=split, **tensors, **lists)
+
+
 def load_embeddings(profile: Profile, split: str) -> Embeddings:
     """Read the cached vectors of ``split`` without opening the encoder.
 
@@ -297,7 +301,7 @@ def load_embeddings(profile: Profile, split: str) -> Embeddings:
     if found is None:
         raise FileNotFoundError(f"embeddings for split '{split}' are missing: run notebook 02, or "
                                 f"./run_all.sh --profile {profile.name} --only 02")
-    return Embeddings(split=split, **found[0], **found[1])
+    return _embeddings(split, *found)
 
 
 # The doors ------------------------------------------------------------------------------------------------------------

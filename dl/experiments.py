@@ -32,7 +32,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dl.bootstrap import Draws, SystemScores, make_draws, make_reference, paired_difference, score_clips, score_system, text_floor
+from dl.bootstrap import (
+    Draws,
+    SystemScores,
+    make_draws,
+    make_reference,
+    paired_difference,
+    score_clips,
+    score_system,
+    text_floor,
+)
 from dl.bridge import INFERENCE_FIELDS
 from dl.caption_metrics import CaptionResults, Run, candidates_path, score_caption_runs, write_candidates
 from dl.captioner import LLMCaptioner, language_model_version
