@@ -1,6 +1,6 @@
 """``python -m dl caption``: captions of the user's own sound files; ``python -m dl demo``: the same as a local page.
 
-A file of any length is read in windows of 10 s, what the encoder hears at once [paper~], so that an hour of sound takes no
+A file of any length is read in windows of 10 s, what the encoder hears at once [paper~]: an hour of sound takes no
 more memory than a minute. A file that cannot be used is named with the reason; the others are done all the same.
 """
 from __future__ import annotations
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from dl.bridge import DiffusionLink
 from dl.captioner import LLMCaptioner
-from dl.clap import ClapEncoder, load_embeddings
+from dl.clap import ClapEncoder, Embeddings, load_embeddings
 from dl.config import Profile
 from dl.data import (
     SAMPLING_RATE,
@@ -61,7 +61,7 @@ def read_windows(path: str | Path) -> Iterator[Window]:
     A rest shorter than 1 s after a full window is left out; a file shorter than 1 s is one window.
 
     Yields:
-        (start in s, end in s, samples (n,)), or None for the samples where the window is silent (peak below -100 dBFS).
+        (start in s, end in s, samples (n,)), None for the samples of a silent window (peak below -100 dBFS).
 
     Raises:
         AudioError: it cannot be used, or, after some windows, its end is damaged; the message says what to do.
@@ -108,8 +108,8 @@ def load_models(profile: Profile, bridge: bool = True) -> tuple[ClapEncoder, Dif
     encoder = ClapEncoder.from_pretrained(profile.encoder)
     for name, model in models.items():
         if model.embed_dim != encoder.embed_dim:
-            raise MissingWeights(f"the {name} of profile {profile.name} takes vectors of {model.embed_dim} numbers, the "
-                                 f"encoder {profile.encoder} gives {encoder.embed_dim}: make it anew with "
+            raise MissingWeights(f"the {name} of profile {profile.name} takes vectors of {model.embed_dim} numbers, "
+                                 f"the encoder {profile.encoder} gives {encoder.embed_dim}: make it anew with "
                                  f"{command} {kinds[name][1]} --force")
     captioner = models["captioner"].to("cuda" if torch.cuda.is_available() else "cpu")
     return encoder, models.get("bridge"), captioner
@@ -121,7 +121,7 @@ def bridged(link: DiffusionLink, audio_emb: torch.Tensor) -> torch.Tensor:
 
 
 def load_captions(profile: Profile, bridge: bool = True) -> Captions:
-    """:func:`load_models` as a function of waveforms (samples,) float32 at 48 kHz; ``bridge=False`` leaves the bridge out."""
+    """:func:`load_models` as one function of waveforms (samples,), float32 at 48 kHz."""
     encoder, link, captioner = load_models(profile, bridge)
 
     def captions(waveforms: list[np.ndarray]) -> list[str]:
@@ -222,14 +222,15 @@ LARGEST_MB = 50               # of a file [ours]; a minute of a stereo WAV at 44
 NEAREST, SCENES = 5, 6        # captions in the table; test scenes to choose from, evenly spaced
 ABOUT = f"""# Caption your own sound
 
-Any WAV, FLAC, Ogg, Opus or MP3 file of at most {LARGEST_MB} MB. The first {WINDOW_S} s are heard; `python -m dl caption` takes files of any
-length. The file stays on this machine and is not kept."""
+Any WAV, FLAC, Ogg, Opus or MP3 file of at most {LARGEST_MB} MB. The first {WINDOW_S} s are heard;
+`python -m dl caption` takes files of any length. The file stays on this machine and is not kept."""
 CSS = f"""
 footer {{ display: none !important }} .gradio-container {{ max-width: 62rem !important; margin: auto }}
-.dl-captions {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem; margin: 1rem 0 }}
+.dl-captions {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 1rem }}
 .dl-captions div {{ border-left: 4px solid {COLOURS["audio"]}; padding: .2rem 1rem }}
-.dl-captions .dl-bridged {{ border-color: {COLOURS["bridged"]} }} .dl-captions p {{ font-size: 1.15rem; margin: .3rem 0 0 }}
-.dl-answer h3 {{ font-size: 1rem; margin: 1.4rem 0 .4rem }} .dl-answer table {{ border-collapse: collapse; width: 100% }}
+.dl-captions .dl-bridged {{ border-color: {COLOURS["bridged"]} }}
+.dl-captions p {{ font-size: 1.15rem; margin: .3rem 0 0 }} .dl-answer h3 {{ font-size: 1rem; margin: 1.4rem 0 .4rem }}
+.dl-answer table {{ border-collapse: collapse; width: 100% }}
 .dl-answer :is(table, tr, th, td) {{ border: 0 }} .dl-answer tr:first-child {{ opacity: .75 }}
 .dl-answer :is(th, td) {{ text-align: left; font-weight: normal; padding: .25rem 1.5rem .25rem 0 }}
 .dl-answer td {{ border-bottom: 1px solid #8884 }}
@@ -275,7 +276,7 @@ def load_page(profile: Profile) -> Page:
     except FileNotFoundError as error:
         train, absent = None, f"Nearest captions and the map are left out: {error}"
 
-    def nearest(raw: torch.Tensor, across: torch.Tensor) -> str:
+    def nearest(train: Embeddings, raw: torch.Tensor, across: torch.Tensor) -> str:
         found = nearest_captions(np.concatenate([raw, across]), train.text, train.captions, NEAREST)
         cells = [(text(a), f"{x:.2f}", text(b), f"{y:.2f}") for (a, x), (b, y) in zip(*found, strict=True)]
         rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
@@ -290,12 +291,13 @@ def load_page(profile: Profile) -> Page:
         across = bridged(link, raw)                                                  # (1, D)
         without, with_it = captioner.generate(raw)[0], captioner.generate(across)[0]
         cosine = float((raw * across).sum())
-        player = audio_player(waveform, SAMPLING_RATE).data.replace('preload="none" ', "")       # its length shows at once
-        more = f'<p class="dl-note">{text(absent)}</p>' if train is None else nearest(raw, across)
-        return (f'<div class="dl-answer"><h3>{text(title)}</h3>{player}{image(plot_waveform(waveform, SAMPLING_RATE), "waveform")}'
+        player = audio_player(waveform, SAMPLING_RATE).data.replace('preload="none" ', "")   # its length shows at once
+        wave = image(plot_waveform(waveform, SAMPLING_RATE), "waveform")
+        more = f'<p class="dl-note">{text(absent)}</p>' if train is None else nearest(train, raw, across)
+        return (f'<div class="dl-answer"><h3>{text(title)}</h3>{player}{wave}'
                 f'<div class="dl-captions"><div>without the bridge<p>{text(without)}</p></div>'
-                f'<div class="dl-bridged">with the bridge<p>{text(with_it)}</p></div></div>'
-                f'<p class="dl-note">Cosine of the raw and the bridged vector: {cosine:.2f}. {text(note)}</p>{more}</div>')
+                f'<div class="dl-bridged">with the bridge<p>{text(with_it)}</p></div></div><p class="dl-note">'
+                f'Cosine of the raw and the bridged vector: {cosine:.2f}. {text(note)}</p>{more}</div>')
 
     return page
 
@@ -305,14 +307,15 @@ def answer_file(page: Page, path: str | Path) -> str:
     try:
         waveform = read_audio(path, WINDOW_S)
         return page(waveform, f"{Path(path).name}, {clock(len(waveform) / SAMPLING_RATE)}")
-    except ValueError as error:                                                      # AudioError, or vectors that a model refuses
+    except ValueError as error:  # AudioError, or vectors that a model refuses
         return error_line(f"{Path(path).name}: {str(error).removeprefix(f'{path}: ')}")
 
 
 def answer_scene(page: Page, split: Split, place: int) -> str:
     """What the page shows for clip ``place`` of a split, with its first reference caption."""
     try:
-        return page(split.waveform(place), split.clip_ids[place], f"A caption that belongs to it: {split.captions[place][0]}")
+        note = f"A caption that belongs to it: {split.captions[place][0]}"
+        return page(split.waveform(place), split.clip_ids[place], note)
     except ValueError as error:
         return error_line(str(error))
 
@@ -333,11 +336,11 @@ def serve(profile: Profile, port: int = PORT) -> int:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 page = load_page(profile)
-        except (MissingWeights, ModuleNotFoundError, ValueError, OSError) as error:  # absent, or damaged: each says what to do
+        except (MissingWeights, ModuleNotFoundError, ValueError, OSError) as error:  # each says what to do
             remedy = ': pip install -e ".[demo]"' if getattr(error, "name", None) == "gradio" else ""
             print(f"demo: {printable(str(error))}{remedy}", file=sys.stderr)
             return 1
-        plt.switch_backend("agg")                                                    # figures are drawn in a thread of the server
+        plt.switch_backend("agg")  # figures are drawn in a thread of the server
         blocks = form(gradio, page, profile, Path(folder).resolve())
         theme = gradio.themes.Default(font=["system-ui", "DejaVu Sans", "sans-serif"],
                                       font_mono=["ui-monospace", "monospace"])
@@ -348,7 +351,7 @@ def serve(profile: Profile, port: int = PORT) -> int:
         except (OSError, OverflowError):
             print(f"demo: port {port} of {HOST} is in use or is none: give another by --port N", file=sys.stderr)
             return 1
-        signal.signal(signal.SIGTERM, signal.default_int_handler)                    # it ends as by Ctrl-C, and the folder goes
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends as by Ctrl-C, and the folder goes
         print(f"{blocks.local_url}  (Ctrl-C ends it)", flush=True)
         blocks.block_thread()
     return 0
@@ -358,7 +361,7 @@ def form(gradio: Any, page: Page, profile: Profile, folder: Path) -> Any:
     """The form as ``gradio.Blocks``: a file or a scene goes in, HTML comes out; an upload is removed once answered."""
     def upload(path: str) -> tuple[str, None]:
         try:
-            return answer_file(page, path), None                                     # None: the field is free for the next file
+            return answer_file(page, path), None  # None: the field is free for the next file
         finally:
             if Path(path).resolve().is_relative_to(folder):
                 Path(path).unlink(missing_ok=True)

@@ -19,11 +19,11 @@ from test_caption_files import DIM, Encoder, checkpoints, quick, wav  # noqa: F4
 
 from dl import caption_files as demo
 from dl.__main__ import main
+from dl.caption_files import answer_file, answer_scene, load_page, text
 from dl.captioner import LLMCaptioner
 from dl.config import REPO, get_profile
 from dl.data import SAMPLING_RATE, load_split
-from dl.caption_files import answer_file, answer_scene, load_page, text
-from dl.clap import _write
+from dl.store import key, save_checkpoint
 
 HOSTILE = ["<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "${alert(1)}", "{{value}}", "a\nb\x1b[31m"]
 
@@ -32,7 +32,8 @@ def cache_train(root: Path, captions: list[str]) -> None:
     """Vectors of train in the cache of profile smoke, as notebook 02 leaves them."""
     rows = torch.nn.functional.normalize(torch.randn(2, len(captions), DIM, generator=torch.Generator().manual_seed(0)), dim=2)
     lists = {"clip_ids": [f"clip-{i}" for i in range(len(captions))], "captions": captions, "skipped": []}
-    _write(root / "smoke/cache/embeddings/train.safetensors", {"audio": rows[0], "text": rows[1], "text_clip": torch.arange(len(captions))}, {"key": "k", "lists": lists})
+    tensors = {"audio": rows[0], "text": rows[1], "text_clip": torch.arange(len(captions))}
+    save_checkpoint(root / "smoke/cache/embeddings/train.safetensors", tensors, lists, key("vectors", 1))
 
 
 @pytest.fixture

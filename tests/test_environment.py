@@ -265,15 +265,3 @@ def test_check_names_what_can_be_done(tmp_path, monkeypatch):
     monkeypatch.setattr(check, "SPACE_GB", {"mini": 1e9})
     with pytest.raises(check.Missing, match="DL_RESULTS"):
         check.disk_space(get_profile("mini"))
-
-
-def test_command_line_refuses_nonsense(capsys):
-    from dl.__main__ import main
-
-    assert main(["run", "--seeds", "0"]) == 2
-    assert "at least 1" in capsys.readouterr().err
-    assert main(["run", "--only", "99"]) == 2
-    assert "unknown stage '99'" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as refused:
-        main(["run", "--profile", "huge"])
-    assert refused.value.code == 2
