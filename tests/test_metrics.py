@@ -1,4 +1,4 @@
-"""Gap metrics and their intervals: worked examples, plain-loop and scikit-learn references, what a bootstrap must do."""
+"""Gap metrics and their intervals: worked examples, plain-loop and scikit-learn references, and bootstraps."""
 from __future__ import annotations
 
 import itertools
@@ -43,7 +43,7 @@ def draws_of(n: int, samples: int, share: int = 1):
     return make_draws([(str(i // share),) for i in range(n)], samples)
 
 
-# ---------------------------------------------------------------------------------------------------- worked examples
+# --------------------------------------------------------------------------------------------------- worked examples
 def test_cosines_and_distances_by_hand():
     audio, text = AXES[[0, 1]], np.array([[0.6, 0.8, 0.0], [0.0, 1.0, 0.0]])
     assert metrics.pair_cosine(audio, text) == pytest.approx([0.8])              # (.6 + 1) / 2
@@ -81,7 +81,7 @@ def test_gap_length_is_that_of_shuffled_groups():
     assert metrics.gap_length(audio, text)[0] == pytest.approx(np.sqrt((groups**2).sum(1).mean()), rel=2e-3)
 
 
-# --------------------------------------------------------------------------------------------------------- references
+# -------------------------------------------------------------------------------------------------------- references
 def test_frechet_equals_the_matrix_square_root_formula():
     audio, text = clouds(80, 6)
     c_a, c_t = ledoit_wolf(audio)[0], ledoit_wolf(text)[0]
@@ -164,7 +164,7 @@ def test_integer_weights_equal_duplicated_rows(name):
     assert metric(*given, weights=weights) == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------------------------------------------------- retrieval
+# --------------------------------------------------------------------------------------------------------- retrieval
 def test_ranking_by_hand():
     """Relevant items on ranks 2, 3 and 12 of 12: AP@10 = (1/2 + 2/3) / 3."""
     relevant = np.isin(np.arange(12), [1, 2, 11])[None]
@@ -227,7 +227,7 @@ def test_text_floor_does_not_meet_itself():
         text_floor(Embeddings("test", ["a"], gallery[:1], gallery[:1], clip[:1], [""], []), reference)
 
 
-# ------------------------------------------------------------------------------------------------------- all together
+# ------------------------------------------------------------------------------------------------------ all together
 def test_gap_metrics_has_the_promised_names():
     promised = [
         "pair_cosine", "nonpair_cosine", "cosine_margin", "centroid_gap", "rmg", "separability_accuracy",
@@ -278,7 +278,7 @@ def test_below_twenty_items_neighbour_and_rank_metrics_are_not_computed():
     assert by_metric["rmg"]["value"] > 0 and by_metric["rmg"]["reason"] == ""
 
 
-# ---------------------------------------------------------------------------------------------------------- bootstrap
+# --------------------------------------------------------------------------------------------------------- bootstrap
 def test_a_scene_weighs_the_product_of_its_recordings():
     draws = make_draws([("a",), ("b",), ("a", "b"), ("b", "b"), ("c",)], 200)
     a, b, both, twice, c = draws.cluster.T
