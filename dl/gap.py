@@ -205,6 +205,8 @@ def mmd2(audio: ArrayLike, text: ArrayLike, bandwidth: float, weights: Weights =
     """
     from sklearn.metrics.pairwise import rbf_kernel
 
+    if bandwidth == 0:                       # all texts alike: no scale to measure on
+        return np.full(len(weight_rows(weights, len(as_array(audio)))), np.nan)
     audio, text, gamma = as_array(audio), as_array(text), 1 / (2 * bandwidth**2)
     crossed = rbf_kernel(audio, text, gamma)
     h = rbf_kernel(audio, gamma=gamma) + rbf_kernel(text, gamma=gamma) - crossed - crossed.T

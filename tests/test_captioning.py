@@ -13,7 +13,11 @@ from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dl import experiments as captioning
+from dl.caption_metrics import read_candidates
 from dl.captioner import LLMCaptioner
+from dl.clap import Embeddings
+from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
+from dl.data import Split
 from dl.experiments import (
     Row,
     caption_pairs,
@@ -22,14 +26,10 @@ from dl.experiments import (
     decoder_pairs,
     disjoint_halves,
     fit_captioner,
+    fit_system,
     score_and_record,
     system_vectors,
 )
-from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
-from dl.data import Split
-from dl.clap import Embeddings
-from dl.experiments import fit_system
-from dl.caption_metrics import read_candidates
 from dl.peers import REGISTRY, centre
 from dl.store import MetricsFile
 

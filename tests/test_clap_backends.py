@@ -14,10 +14,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dl.config import REPO
 from dl import clap as laion_files
-from dl.clap import HubClapBackend, LaionClapBackend, digest
-from dl.clap import SETTINGS_FILE, TOKENIZER_VARIABLE, convert_laion_checkpoint, converted_folder
+from dl.clap import (
+    SETTINGS_FILE,
+    TOKENIZER_VARIABLE,
+    HubClapBackend,
+    LaionClapBackend,
+    convert_laion_checkpoint,
+    converted_folder,
+    digest,
+)
+from dl.config import REPO
 from dl.store import sha256_file
 
 ROBERTA_VOCABULARY = 50_265

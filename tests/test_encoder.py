@@ -12,12 +12,12 @@ import soundfile
 import torch
 from safetensors import safe_open
 
-from dl.config import get_profile
-from dl.data import CAPTION_COLUMNS, AudioError, load_split
 from dl import clap as module
 from dl.clap import CROP_SAMPLES, ClapEncoder, crop, embed_split, load_embeddings
-from dl.mini_clap import AudioTrunk, MiniClap, info_nce, prepare
+from dl.config import get_profile
+from dl.data import CAPTION_COLUMNS, AudioError, load_split
 from dl.gap import retrieval
+from dl.mini_clap import AudioTrunk, MiniClap, info_nce, prepare
 
 
 @pytest.fixture(scope="module")
@@ -162,11 +162,11 @@ def test_embed_split_resumes_after_a_kill(encoder, profile, tmp_path, monkeypatc
 
     embed_shard, calls = module._embed_shard, []
 
-    def dies_at_the_third(shard, split, places, encoder):
+    def dies_at_the_third(shard, split, places, encoder, name):
         calls.append(places.start)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        embed_shard(shard, split, places, encoder)
+        embed_shard(shard, split, places, encoder, name)
 
     monkeypatch.setattr(module, "_embed_shard", dies_at_the_third)
     with pytest.raises(KeyboardInterrupt):

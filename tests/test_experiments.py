@@ -9,9 +9,9 @@ import torch
 from torch.nn.functional import normalize
 
 from dl import experiments
+from dl.clap import Embeddings
 from dl.config import BridgeConfig, get_profile
 from dl.data import load_split
-from dl.clap import Embeddings
 from dl.peers import REGISTRY
 from dl.report import VERDICT_RULES
 

@@ -23,17 +23,6 @@ import torch.nn.functional as F
 from test_captioner import CAPTIONS, shake, tiny_config, tiny_language_model
 from torch import Tensor
 
-from dl.bridge import TOPOLOGY_FORMS, bridge_losses, topology_loss
-from dl.bridge import BridgeNetwork, DiffusionLink, timestep_embedding, unit_rows
-from dl.scheduler import BETA_SCHEDULES, DDIMScheduler, ddim_sample
-from dl.train import EMA, PairSampler, learning_rate, train_bridge
-from dl.captioner import LLMCaptioner
-from dl.captioner_train import BucketSampler, caption_loss, train_captioner
-from dl.captioner_train import learning_rate as captioner_learning_rate
-from dl.config import BridgeConfig, get_profile
-from dl.data import check_waveform, load_split
-from dl.clap import MINI_FOLDER, ClapEncoder, Embeddings
-from dl.mini_clap import MiniClap, MiniClapBackend
 from dl.bootstrap import (
     ClipCounts,
     make_draws,
@@ -43,9 +32,27 @@ from dl.bootstrap import (
     score_system,
     text_floor,
 )
+from dl.bridge import (
+    TOPOLOGY_FORMS,
+    BridgeNetwork,
+    DiffusionLink,
+    bridge_losses,
+    timestep_embedding,
+    topology_loss,
+    unit_rows,
+)
 from dl.caption_metrics import METRICS, score_captions
+from dl.captioner import LLMCaptioner
+from dl.captioner_train import BucketSampler, caption_loss, train_captioner
+from dl.captioner_train import learning_rate as captioner_learning_rate
+from dl.clap import MINI_FOLDER, ClapEncoder, Embeddings
+from dl.config import BridgeConfig, get_profile
+from dl.data import check_waveform, load_split
 from dl.gap import gap_length, gap_metrics, separability
+from dl.mini_clap import MiniClap, MiniClapBackend
 from dl.peers import REGISTRY, build, centre, uncentre
+from dl.scheduler import BETA_SCHEDULES, DDIMScheduler, ddim_sample
+from dl.train import EMA, PairSampler, learning_rate, train_bridge
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 ANEW = "python tests/test_recipes.py"

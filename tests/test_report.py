@@ -13,7 +13,16 @@ import pytest
 from dl import report
 from dl.caption_metrics import METRICS
 from dl.config import REPO, get_profile
-from dl.report import DISJOINT, VERDICT_RULES, comparison_rows, load_paper, t_half_width, write_claims, write_comparison, write_table2
+from dl.report import (
+    DISJOINT,
+    VERDICT_RULES,
+    comparison_rows,
+    load_paper,
+    t_half_width,
+    write_claims,
+    write_comparison,
+    write_table2,
+)
 from dl.store import MetricsFile
 
 MINI = REPO / "results/mini"

@@ -16,9 +16,9 @@ from torch import nn
 
 from dl import store as checkpoint
 from dl.bridge import TOPOLOGY_FORMS, bridge_losses, combined_losses, prediction_loss, topology_loss
+from dl.config import BridgeConfig
 from dl.scheduler import DDIMScheduler
 from dl.train import EMA, PairSampler, fit, learning_rate, train_bridge
-from dl.config import BridgeConfig
 
 REPO = Path(__file__).resolve().parents[1]
 CONFIG = BridgeConfig(train_steps=30, batch_size=8)

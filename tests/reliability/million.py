@@ -14,10 +14,10 @@ import psutil
 import torch
 from ledger import peak_mb
 
-from dl.config import get_profile
-from dl.data import CAPTION_COLUMNS, Split, read_captions
 from dl import clap
 from dl.clap import embed_split
+from dl.config import get_profile
+from dl.data import CAPTION_COLUMNS, Split, read_captions
 
 DIM = 256
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from test_captioning import tiny_language_model
 
-from dl.train import train_bridge
+from dl.bootstrap import make_draws, make_reference, score_system
 from dl.captioner import LLMCaptioner
 from dl.captioner_train import train_captioner
+from dl.clap import ClapEncoder, Embeddings
 from dl.config import BridgeConfig, CaptionerConfig, get_profile
 from dl.data import load_split
-from dl.clap import ClapEncoder, Embeddings
-from dl.bootstrap import make_draws, make_reference, score_system
+from dl.train import train_bridge
 
 CLIPS = 3
 

@@ -16,18 +16,18 @@ from test_bad_tables import audiocaps, rows
 from test_captioning import embeddings
 from test_pipeline import SETUP, ran, toy, write_notebook  # noqa: F401
 
-from dl import store as results
-from dl.train import train_bridge
-from dl import captioner as language_model
-from dl.config import REPO, BridgeConfig, get_profile
-from dl.data import load_split
-from dl.clap import embed_split, load_embeddings
 from dl import caption_metrics as captions
 from dl import caption_metrics as java
-from dl.caption_metrics import METRICS, score_captions
+from dl import captioner as language_model
 from dl import check
+from dl import store as results
+from dl.caption_metrics import METRICS, score_captions
+from dl.clap import embed_split, load_embeddings
+from dl.config import REPO, BridgeConfig, get_profile
+from dl.data import load_split
 from dl.run import run_stages
 from dl.store import MetricsFile, atomic_write
+from dl.train import train_bridge
 
 ROW = {"experiment": "gap", "system": "raw", "split": "test", "seed": 0, "noise_seed": 0, "metric": "rmg", "value": 0.5, "n_items": 3}
 REMEDY = "free space on its disk or make its folder writable, or set DL_RESULTS to another"
@@ -104,7 +104,7 @@ def test_a_limit_on_file_size(tmp_path, ledger):
 def test_the_runner_on_a_full_disk(toy, monkeypatch, capsys, ledger):  # noqa: F811
     """Stage 01 is done, then its stamp cannot be written: one line, code 1; with space again the run goes on, and 02 is not lost."""
     assert run_stages(toy) == 0
-    (toy.root / "dl/below.py").write_text("VALUE = 8\n")
+    (toy.root / "data/in.csv").write_text("b\n")
     toy.forget_files()
     metrics = (toy.results / "metrics.csv").read_bytes()
     ran(toy)

@@ -18,11 +18,10 @@ from ledger import nobody
 from test_caption_files import caption, wav
 from torch.nn.functional import normalize
 
-from dl.data import AudioError, open_audio
 from dl import caption_files as files
-from dl.config import get_profile
-from dl.data import CAPTION_COLUMNS, load_split
 from dl.clap import embed_split
+from dl.config import get_profile
+from dl.data import CAPTION_COLUMNS, AudioError, load_split, open_audio
 
 CUT = "copy or download it again"
 EXPORT = "export"

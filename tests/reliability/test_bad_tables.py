@@ -15,16 +15,16 @@ from test_bad_sounds import Vectors, noise
 from test_captioning import data, embeddings
 from torch.nn.functional import normalize
 
+from dl import check
 from dl.__main__ import main
-from dl.train import train_bridge
+from dl.caption_metrics import read_candidates, write_candidates
+from dl.clap import Embeddings, embed_split, load_embeddings
 from dl.config import SPLITS, BridgeConfig, get_profile
 from dl.data import CAPTION_COLUMNS, load_split, read_captions, recording_files
-from dl.clap import Embeddings, embed_split, load_embeddings
 from dl.experiments import fit_system, score_table
-from dl.caption_metrics import read_candidates, write_candidates
 from dl.peers import REGISTRY
-from dl import check
 from dl.store import MetricsFile, RowFile, key, save_checkpoint
+from dl.train import train_bridge
 
 HEADER = ",".join(CAPTION_COLUMNS)
 LONG = "a dog barks and " * 625

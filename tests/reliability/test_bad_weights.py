@@ -17,13 +17,13 @@ from test_bad_tables import audiocaps, rows
 from test_caption_files import DIM, caption, checkpoints, quick, wav  # noqa: F401
 from test_captioning import data, embeddings, language_model, profile  # noqa: F401
 
+from dl import clap
 from dl.bridge import DiffusionLink
 from dl.captioner import LLMCaptioner
-from dl.experiments import Row, caption_rows
+from dl.clap import ClapEncoder, embed_split, load_embeddings
 from dl.config import BridgeConfig, get_profile
 from dl.data import load_split
-from dl import clap
-from dl.clap import ClapEncoder, embed_split, load_embeddings
+from dl.experiments import Row, caption_rows
 from dl.run import STAGES, Run
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -15,13 +15,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_captioning import tiny_language_model
 
-from dl.__main__ import literal
 from dl import store as checkpoint
+from dl.__main__ import literal
 from dl.bridge import DiffusionLink
+from dl.caption_metrics import read_candidates, write_candidates
 from dl.captioner import LLMCaptioner
 from dl.config import REPO, BridgeConfig, CaptionerConfig
 from dl.data import CAPTION_COLUMNS, read_captions, read_table
-from dl.caption_metrics import read_candidates, write_candidates
 from dl.store import RowFile, csv_text
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -19,9 +19,9 @@ import torch
 from test_bad_weights import Hostile
 
 from dl import caption_files as demo
-from dl.config import REPO, get_profile
-from dl.clap import convert_laion_checkpoint
 from dl.caption_metrics import markdown_text
+from dl.clap import convert_laion_checkpoint
+from dl.config import REPO, get_profile
 from dl.plots import audio_player
 from dl.report import write_report, write_table1
 from dl.store import MetricsFile, markdown_table
