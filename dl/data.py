@@ -318,7 +318,8 @@ class Split:
 
         A repaired file under the same name changes it.
         """
-        stats = [(path, path.stat()) for path in sorted(set(self.files))]
+        readable = [path for path in sorted(set(self.files)) if path.is_file() and os.access(path, os.R_OK)]   # no pipe, no dead link
+        stats = [(path, path.stat()) for path in readable]
         small = sum(stat.st_size for _, stat in stats) <= MANIFEST_BYTES
         return content([f"{path.name} {sha256_file(path) if small else f'{stat.st_size} {stat.st_mtime_ns}'}" for path, stat in stats])
 
