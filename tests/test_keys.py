@@ -121,6 +121,7 @@ def test_other_data_under_the_same_settings_have_a_fit_of_their_own(tmp_path):
 @pytest.mark.parametrize(("change", "same"), [("# a comment\n", True), ("Hint = int | None\n", True), ("BRIDGE_RECIPE = 7\n", False)])
 def test_only_a_recipe_of_the_code_decides(tmp_path, change, same):
     shutil.copytree(REPO / "dl", tmp_path / "dl")
+    shutil.copy(REPO / "pyproject.toml", tmp_path)          # dl wants its repository around it
 
     def name() -> str:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
