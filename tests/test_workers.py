@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from dl import experiments
 from dl.experiments import side_by_side
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU there is one process")
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="with a
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch):
-    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(experiments.joblib, "cpu_count", lambda: 4)
 
 
 def test_results_come_in_the_order_of_the_parts_from_other_processes():

@@ -52,8 +52,8 @@ def main(folder: Path, clips: int) -> dict:
     report["table"] = memory()
     during, embed_shard = [], clap._embed_shard
 
-    def watched(shard: Path, of: Split, places: range, encoder) -> None:
-        embed_shard(shard, of, places, encoder)
+    def watched(shard: Path, of: Split, places: range, *others) -> None:
+        embed_shard(shard, of, places, *others)
         if places.start // clap.SHARD_SIZE % max(1, clips // clap.SHARD_SIZE // 10) == 0:
             during.append(round(memory(), 1))
     clap._embed_shard = watched
