@@ -527,13 +527,6 @@ def select_clips(embeddings: Embeddings, clips: list[int]) -> Embeddings:
 
 
 # ------------------------------------------------------------------------------------------------------------ fits, captions
-def short_hash(**parts: object) -> str:
-    """Twelve hex digits that change when a part does."""
-    from dl.store import _sha256
-
-    return _sha256(parts)[:12]
-
-
 @dataclass(frozen=True)
 class DecoderFit:
     """A decoder's training data and where its fit is kept; ``load`` trains it, or reads it if that was done before.

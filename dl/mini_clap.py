@@ -260,27 +260,6 @@ def prepare(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
     return np.pad(waveform, (0, -len(waveform) % step)).astype(np.float32)
 
 
-def load_yamnet(trunk: AudioTrunk, weights: dict[str, np.ndarray]) -> None:
-    """Copy YAMNet's convolutions into ``trunk``.
-
-    Args:
-        weights: the variables of its TensorFlow checkpoint by their short names, ``0/kernel``, ``1/beta``, ... (notebook A2 says how to get them).
-
-    Raises:
-        KeyError: a variable is missing.
-    """
-    layers = [layer for layer in trunk.layers if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
-    with torch.no_grad():
-        for place, layer in enumerate(layers):
-            if isinstance(layer, nn.BatchNorm2d):                                          # YAMNet's has no scale: it stays 1
-                for ours, theirs in (("bias", "beta"), ("running_mean", "moving_mean"), ("running_var", "moving_variance")):
-                    getattr(layer, ours).copy_(torch.from_numpy(weights[f"{place}/{theirs}"]))
-            elif layer.groups > 1:
-                layer.weight.copy_(torch.from_numpy(weights[f"{place}/depthwise_kernel"]).permute(2, 3, 0, 1))   # (C, 1, 3, 3)
-            else:
-                layer.weight.copy_(torch.from_numpy(weights[f"{place}/kernel"]).permute(3, 2, 0, 1))             # (C', C, h, w)
-
-
 def info_nce(audio_emb: Tensor, text_emb: Tensor, log_temperature: Tensor) -> Tensor:
     """Symmetric cross-entropy over the batch's cosine matrix divided by the temperature [peer: CLIP].
 

@@ -261,7 +261,7 @@ GAP_PANELS = {
 }
 FLAGS = ("uses_pairs", "uses_memory", "trained")
 COSTS = ("parameters", "ms_per_1000")
-NOT_RANKED = ("text_floor", "text_ceiling", "text_to_audio")    # bounds, and the opposite direction
+NOT_RANKED = ("text_floor", "text_ceiling", "text_to_audio")    # they read captions of the clip, or go the other way
 TABLE1_LEGEND = (
     "Mean ± standard deviation over training seeds x noise seeds [95 % interval: one training seed, one noise seed "
     "and the recordings drawn anew]. **Bold**: best; *italic*: its difference from the best is within the interval. "
@@ -408,8 +408,9 @@ PAPER_GAINS = {rule.parts[0].experiment: f"up to {rule.paper_value.removesuffix(
 TABLE2_LEGEND = (
     "Mean ± standard deviation over training seeds [95 % interval: one training seed, and the recordings drawn anew]; "
     "table2.csv also has the 95 % t-interval over seeds (columns _t95: half its width). **Bold**: best of the panel; "
-    "*italic*: its difference from the best is within the interval; text_ceiling, a bound, is not ranked. n/c: not "
-    "computed, with the reason at the end. Decoding is the same in every row that is compared. CIDEr-D is in its own "
+    "*italic*: its difference from the best is within the interval; text_ceiling reads the vector of a scored caption "
+    "and is not ranked. n/c: not computed, with the reason at the end. Decoding is the same in every row that is "
+    "compared. CIDEr-D is in its own "
     "scale [0, 10], as in the literature (a paper's 70.5 is 0.705); SPIDEr is its mean with SPICE. BLEU and METEOR "
     "are corpus scores, in every bootstrap replicate too; the other metrics are means over clips."
 )

@@ -410,7 +410,9 @@ def load_checkpoint(path: str | Path, run: Key | None = None) -> tuple[dict[str,
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if _sha256([{"state": about["state"], "key": about["key"]}, tensors]) != about["sha256"]:
             raise ValueError("its checksum does not fit its content")
-    except (ValueError, KeyError, TypeError, OverflowError, AttributeError, SafetensorError) as error:
+    except KeyError:
+        reason = "is of another version of dl"
+    except (ValueError, TypeError, OverflowError, AttributeError, SafetensorError) as error:
         reason = f"is damaged ({' '.join(str(error).split())[:100]})"
     else:
         stored = about["key"]
