@@ -19,6 +19,7 @@ from scipy.stats import t as student_t
 from dl.caption_metrics import CAPTION_DIRECTION, METRICS, SBERT_LABEL
 from dl.config import REPO, Profile, get_profile
 from dl.gap import ARROWS, DIRECTION, TITLES
+from dl.peers import REGISTRY
 from dl.store import SYSTEMS, MetricsFile, atomic_write, csv_text, markdown_table
 
 BETTER = DIRECTION | CAPTION_DIRECTION                          # metric: which side is better
@@ -40,15 +41,19 @@ def write_table(profile: Profile, name: str, rows: list[dict], columns: list[str
     atomic_write(profile.results_dir / f"{name}.md", markdown)
 
 
+def summed(frame: pd.DataFrame) -> dict[tuple[str, ...], Any]:
+    """(experiment, split, system, space, metric) -> the row over all runs; beam search goes before greedy."""
+    rows = frame[frame.seed == "all"].sort_values("decoding", key=lambda x: x.str.startswith("beam"), kind="stable")
+    return {(row.experiment, row.split, row.system, row.space, row.metric): row for row in rows.itertuples()}
+
+
 # ------------------------------------------------------------------------------------------ the claims and their rules
 TUNING_METRIC = "rmg"   # [ours] the one criterion on val: it grows with distance across and with collapse within
 DIFFUSION_PEERS = ("diffusion_bridge", "conditional_diffusion", "seed")
 CONTROLS = ("ridge", "regression_mlp", "regression_mlp_topology")
+VERDICTS = ("not_tested", "not_supported", "partly_supported", "supported")       # the worst first
 CLAIM_COLUMNS = ["id", "claim", "paper_value", "ours", "ci_low", "ci_high", "n_seeds", "verdict", "evidence", "note"]
 C1_METRICS = {"pair_cosine": "higher", "centroid_gap": "lower", "rmg": "lower"}
-CONTROLLED = {          # claims whose note also names a control that does as well; the verdict does not ask it
-    "C1": ("gap", C1_METRICS), "C3": ("zero_shot", {"cider_d": "higher"}), "C4": ("supervised", {"cider_d": "higher"}),
-}
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,16 @@ class Part:
     optional: bool = False           # a missing baseline is named instead of leaving the claim untested
 
     @property
-    def system(self) -> str:
-        """The system's name in metrics.csv."""
-        return f"diffusion_link-{self.baseline}" if self.baseline else "diffusion_link"
-
-    @property
-    def rows_experiment(self) -> str:
-        """The experiment's name in metrics.csv."""
-        return f"{self.experiment}:paired" if self.baseline else self.experiment
+    def key(self) -> tuple[str, ...]:
+        """Where its row stands in metrics.csv: experiment, split, system, space, metric."""
+        paired, minus = (":paired", f"-{self.baseline}") if self.baseline else ("", "")
+        return self.experiment + paired, "test", f"diffusion_link{minus}", "text", self.metric
 
     def text(self, value: float, low: float, high: float) -> str:
         """``rmg of diffusion_link-raw -0.0500 [-0.0600, -0.0400]``; differences show their sign, gains are in %."""
-        form = "+.1%" if self.metric == GAIN else ",.0f" if self.exact else "+.4f" if self.baseline else ".4f"
-        return f"{self.metric} of {self.system} {interval(value, *([] if self.exact else [low, high]), form=form)}"
+        form = "+.1%" if self.metric == GAIN else "+.4f" if self.baseline else ".4f"
+        figure = f"{value:,.0f}" if self.exact and not math.isnan(value) else interval(value, low, high, form=form)
+        return f"{self.metric} of {self.key[2]} {figure}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Rule:
     rule: str
     parts: tuple[Part, ...]
     profiles: tuple[str, ...] | None = None      # where it can be tested; None: everywhere
+    controlled: tuple[str, ...] = ()             # on these metrics the note names a control that does as well
 
 
 VERDICT_RULES = (
@@ -98,7 +101,7 @@ VERDICT_RULES = (
          "higher, centroid_gap lower, rmg lower, each by its paired interval. The note says where ridge or a "
          "regression MLP equals the bridge or beats it.",
          tuple(Part("gap", metric, side, peer, optional=True)
-               for peer in DIFFUSION_PEERS for metric, side in C1_METRICS.items())),
+               for peer in DIFFUSION_PEERS for metric, side in C1_METRICS.items()), controlled=tuple(C1_METRICS)),
     Rule("C2", "audio embeddings move collectively into the text distribution", "a figure",
          "centroid_gap falls from raw to diffusion_link by its paired interval, and the share of clips that move "
          "towards the text mean along mean_t - mean_a is at least .95 by its interval.",
@@ -106,11 +109,11 @@ VERDICT_RULES = (
     Rule("C3", "zero-shot captioning gains up to 52.5 % in CIDEr over the raw audio vector", "+52.5 % relative",
          "relative gain of CIDEr-D, diffusion_link over raw with the same decoder trained on text vectors, above 0 "
          "by its paired interval; its size stands beside the paper's.",
-         (Part("zero_shot", "cider_d_relative_gain", "higher", "raw"),)),
+         (Part("zero_shot", GAIN, "higher", "raw"),), controlled=("cider_d",)),
     Rule("C4", "fully supervised captioning gains up to 7.5 % in CIDEr over the raw audio vector", "+7.5 % relative",
          "relative gain of CIDEr-D, a decoder trained on bridged vectors over one trained on raw vectors, above 0 by "
          "its paired interval.",
-         (Part("supervised", "cider_d_relative_gain", "higher", "raw"),)),
+         (Part("supervised", GAIN, "higher", "raw"),), controlled=("cider_d",)),
     Rule("C5", "a light module is enough: three residual MLP blocks on the frozen encoder's output",
          "three residual MLP blocks",
          "the three-block network has fewer than 10 million parameters, lowers rmg and centroid_gap against raw by "
@@ -123,7 +126,7 @@ VERDICT_RULES = (
          "only on AudioCaps with a 7B model: CIDEr-D above the best reported with retrieval, .705 zero-shot (DRCap), "
          "and above the best reported supervised figure, .911 (LAMB), by its interval; both figures are second-hand.",
          (Part("zero_shot", "cider_d", "higher", threshold=0.705),
-          Part("supervised", "cider_d", "higher", threshold=0.911)), ("paper",)),
+          Part("supervised", "cider_d", "higher", threshold=0.911)), profiles=("paper",)),
 )
 
 
@@ -144,17 +147,16 @@ def verdict(mean: float | None, ci_low: float | None, ci_high: float | None, sid
         return "not_tested"
     if side == "lower":
         value, low, high = -value, -high, -low
-    if side == "not_lower" and not math.isnan(low + high):
+    if side == "not_lower" and math.isnan(high):
+        return "partly_supported" if value >= 0 else "not_supported"
+    if side == "not_lower":
         return "supported" if high >= 0 else "not_supported"
-    if side != "not_lower" and not math.isnan(high) and low > 0:
-        return "supported"
-    return "partly_supported" if value > 0 or (value == 0 and side == "not_lower") else "not_supported"
+    return "supported" if low > 0 else "partly_supported" if value > 0 else "not_supported"
 
 
 def combine(verdicts: list[str]) -> str:
     """The verdict on a claim from those on its parts: the worst of them."""
-    worst = [word for word in ("not_tested", "not_supported", "partly_supported", "supported") if word in verdicts]
-    return worst[0] if worst else "not_tested"
+    return min(verdicts, key=VERDICTS.index, default="not_tested")
 
 
 def comparisons(experiment: str) -> list[str]:
@@ -164,72 +166,55 @@ def comparisons(experiment: str) -> list[str]:
     return sorted(found, key=SYSTEMS.index)
 
 
-def lookup(frame: pd.DataFrame, part: Part, split: str = "test") -> dict | None:
-    """The row of metrics.csv that a part speaks of (over all runs, in the text space, beam before greedy), or None."""
-    rows = frame[(frame.experiment == part.rows_experiment) & (frame.system == part.system) & (frame.split == split)
-                 & (frame.metric == part.metric) & (frame.seed == "all") & (frame.space == "text")]
-    if rows.empty:
-        return None
-    beam_first = rows.sort_values("decoding", key=lambda column: ~column.str.startswith("beam"), kind="stable")
-    row = beam_first.iloc[0].to_dict()
-    return row | ({"ci_low": row["value"], "ci_high": row["value"]} if part.exact else {})
-
-
 def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
     """The claim's row of claims.csv from ``MetricsFile.frame()``, with the figure of the part that decided it.
 
-    That is the worst part, of equally bad ones the one nearest to its threshold in widths of its interval.
+    That is the worst part; of equally bad ones the one nearest to its threshold in widths of its interval.
     """
     row = {"id": rule.id, "claim": rule.claim, "paper_value": rule.paper_value, "n_seeds": 0, "verdict": "not_tested",
            "evidence": "", "decided_by": ""}
     if rule.profiles and profile_name not in rule.profiles:
         return row | {"note": f"tested in profile {' or '.join(rule.profiles)} only, this is {profile_name}"}
-    judged: list[tuple[str, Part, tuple[float, float, float], str]] = []
-    absent: list[str] = []
+    figures, absent = summed(frame), []
+    judged: list[tuple[str, float, Part, tuple[float, float, float], str]] = []
     for part in rule.parts:
-        found = lookup(frame, part)
+        found: Any = figures.get(part.key)
         if found is None and part.optional:
             absent.append(str(part.baseline))
             continue
-        found = found or {"value": math.nan, "ci_low": math.nan, "ci_high": math.nan, "decoding": ""}
-        value, low, high = (found[name] for name in ("value", "ci_low", "ci_high"))
+        value, low, high = (getattr(found, name, math.nan) for name in ("value", "ci_low", "ci_high"))
+        low, high = (value, value) if part.exact else (low, high)
         word = verdict(value, low, high, part.side, part.threshold)
-        judged.append((word, part, (value, low, high), found["decoding"]))
-    notes = [f"{part.text(*figures)}: {word}" for word, part, figures, _ in judged]
+        margin = abs(value - part.threshold) / (high - low) if high > low else math.inf
+        judged.append((word, margin, part, (value, low, high), getattr(found, "decoding", "")))
+    notes = [f"{part.text(*figure)}: {word}" for word, _, part, figure, _ in judged]
     notes += ["not run: " + ", ".join(dict.fromkeys(absent))] if absent else []
-    notes += control_notes(frame, *CONTROLLED[rule.id]) if rule.id in CONTROLLED else []
-    row |= {"verdict": combine([entry[0] for entry in judged]), "note": "; ".join(notes)}
-    worst = [entry for entry in judged if entry[0] == row["verdict"] and not math.isnan(entry[2][0])]
+    row |= {"verdict": combine([entry[0] for entry in judged]), "note": "; ".join(notes + control_notes(figures, rule))}
+    worst = [entry for entry in judged if entry[0] == row["verdict"] and not math.isnan(entry[3][0])]
     if not worst:
         return row
-    _, part, figures, decoding = min(worst, key=lambda entry: _margin(entry[1], *entry[2]))
+    _, _, part, figure, decoding = min(worst, key=lambda entry: entry[1])
     runs = frame[(frame.experiment == part.experiment) & (frame.system == "diffusion_link") & (frame.seed != "all")
-                 & (frame.split == "test")]
-    runs = runs[runs.decoding == decoding] if decoding else runs
-    evidence = {"experiment": part.rows_experiment, "split": "test", "system": part.system, "metric": part.metric,
-                "seed": "all"} | ({"decoding": decoding} if decoding else {})
-    return row | dict(zip(("ours", "ci_low", "ci_high"), figures, strict=True)) | {
-        "n_seeds": runs.seed.nunique(), "decided_by": part.text(*figures),
-        "evidence": "metrics.csv: " + ", ".join(f"{name}={value}" for name, value in evidence.items())}
+                 & (frame.split == "test") & (frame.decoding == decoding)]
+    experiment, split, system, _, metric = part.key
+    evidence = f"metrics.csv: experiment={experiment}, split={split}, system={system}, metric={metric}, seed=all"
+    return row | dict(zip(("ours", "ci_low", "ci_high"), figure, strict=True)) | {
+        "n_seeds": runs.seed.nunique(), "decided_by": part.text(*figure),
+        "evidence": evidence + (f", decoding={decoding}" if decoding else "")}
 
 
-def _margin(part: Part, value: float, low: float, high: float) -> float:
-    """Distance of the mean from the threshold in widths of its interval; inf where there is no width."""
-    return abs(value - part.threshold) / (high - low) if high > low else math.inf
-
-
-def control_notes(frame: pd.DataFrame, experiment: str = "gap", metrics: dict[str, str] = C1_METRICS) -> list[str]:
-    """Where a control is not told apart from diffusion_link (the interval holds 0), or beats it, on some metrics."""
+def control_notes(figures: dict[tuple[str, ...], Any], rule: Rule) -> list[str]:
+    """Where a control is not told apart from diffusion_link (the interval holds 0), or beats it."""
     notes = []
     for control in CONTROLS:
         words: dict[str, list[str]] = {"is not told apart from": [], "beats": []}
-        for metric, side in metrics.items():
-            row = lookup(frame, Part(experiment, metric, side, control))
-            if row is None or math.isnan(row["ci_low"]):
+        for metric in rule.controlled:
+            row = figures.get(Part(rule.parts[0].experiment, metric, BETTER[metric], control).key)
+            if row is None or math.isnan(row.ci_low):
                 continue
-            if row["ci_low"] <= 0 <= row["ci_high"]:
+            if row.ci_low <= 0 <= row.ci_high:
                 words["is not told apart from"].append(metric)
-            elif (row["value"] > 0) != (side == "higher"):
+            elif (row.value > 0) != (BETTER[metric] == "higher"):
                 words["beats"].append(metric)
         notes += [f"{control} {word} diffusion_link on {', '.join(found)}" for word, found in words.items() if found]
     return notes
@@ -239,9 +224,9 @@ def write_claims(profile: Profile) -> list[dict]:
     """Judge every claim from ``metrics.csv``; write ``claims.csv`` and ``claims.md``; return the rows."""
     frame = MetricsFile(profile).frame()
     rows = [judge(rule, frame, profile.name) for rule in VERDICT_RULES]
-    columns = ["claim", "", "paper", "verdict", "the figure that decided, 95 % interval", "training seeds"]
-    table = markdown_table(columns, [[row["id"], row["claim"], row["paper_value"], row["verdict"].replace("_", " "),
-                                      row["decided_by"], row["n_seeds"]] for row in rows], left=5)
+    head = ["claim", "", "paper", "verdict", "the figure that decided, 95 % interval", "training seeds"]
+    table = markdown_table(head, [[row["id"], row["claim"], row["paper_value"], row["verdict"].replace("_", " "),
+                                   row["decided_by"], row["n_seeds"]] for row in rows], left=5)
     details = "\n".join(f"**{row['id']}** {rule.rule}\n\n" + "".join(f"- {note}\n" for note in row["note"].split("; "))
                         for rule, row in zip(VERDICT_RULES, rows, strict=True))
     write_table(profile, "claims", rows, CLAIM_COLUMNS,
@@ -250,89 +235,25 @@ def write_claims(profile: Profile) -> list[dict]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------- Table 1: the gap
-WATCHED = ("recall_at_10", "effective_rank")    # in every panel: they fall when a gap is closed by a collapse
-GAP_PANELS = {
-    "Distance and similarity": ("pair_cosine", "nonpair_cosine", "cosine_margin", "centroid_gap", "rmg"),
-    "Distributions": ("separability_auc", "frechet_distance", "mmd2", "alignment", "uniformity"),
-    "Retrieval": ("recall_at_1", "recall_at_5", "map_at_10", "text_to_audio_recall_at_10", "label_recall_at_10"),
-    "Topology": ("gram_correlation", "linear_cka", "knn_overlap"),
-    "The gap as one vector": ("gap_length", "direction_consistency", "orthogonality", "share_toward_text"),
-}
-FLAGS = ("uses_pairs", "uses_memory", "trained")
-COSTS = ("parameters", "ms_per_1000")
+# ---------------------------------------------------------------------------------------- what both tables are made of
 NOT_RANKED = ("text_floor", "text_ceiling", "text_to_audio")    # they read captions of the clip, or go the other way
-TABLE1_LEGEND = (
-    "Mean ± standard deviation over training seeds x noise seeds [95 % interval: one training seed, one noise seed "
-    "and the recordings drawn anew]. **Bold**: best; *italic*: its difference from the best is within the interval. "
-    "n/c: not computed."
-)
-REVERSE = (
-    "\ntext_to_audio is the opposite direction, a second network with the roles swapped: first captions mapped among "
-    "the sounds. It is not ranked; its retrieval looks for one sound among the sounds, not for one of five captions "
-    "among all.\n"
-)
 
 
-def write_table1(profile: Profile, split: str = "test", traits: dict | None = None) -> pd.DataFrame:
-    """Table 1: every system's gap metrics on a split, with what it uses and costs; returns the table as written.
-
-    Args:
-        traits: system -> object with ``uses_pairs``, ``uses_memory``, ``trained``; by default ``dl.peers.REGISTRY``.
-
-    Raises:
-        ValueError: there is nothing to show yet.
-    """
-    if traits is None:
-        from dl.peers import REGISTRY
-
-        traits = REGISTRY
-    frame = MetricsFile(profile).frame()
-    metrics = list(dict.fromkeys(metric for panel in GAP_PANELS.values() for metric in (*panel, *WATCHED)))
-    recorded = set(frame.metric[(frame.experiment == "gap") & (frame.split == split)])
-    metrics += sorted(recorded & set(DIRECTION) - set(metrics))
-    rows = score_rows(frame, "gap", split, metrics)
-    if not rows:
-        raise ValueError(f"metrics.csv has no gap rows of split {split!r}: run notebook 05, or ./run_all.sh --only 05")
-    for row in rows:
-        method = traits.get(row["system"])
-        row |= {flag: "" if method is None else ("yes" if getattr(method, flag) else "no") for flag in FLAGS}
-    items = ", ".join(sorted({str(row["n_items"]) for row in rows}))
-    head = ["system", "uses pairs", "uses a memory", "trained", "parameters", "ms per 1,000 vectors", "clips", "runs"]
-    uses = markdown_table(head, [[_name(row), *(row[flag] for flag in FLAGS), *(_cost(row, cost) for cost in COSTS),
-                                  row["n_items"], row["n_runs"]] for row in rows])
-    parts = [(f"# Table 1. The modality gap by system\n\nProfile {profile.name}, split {split}, n = {items} clips. "
-              f"{TABLE1_LEGEND}\n"), f"## What each system uses\n\n{uses}{REVERSE}"]
-    for title, panel in GAP_PANELS.items():
-        shown = list(dict.fromkeys((*panel, *WATCHED)))
-        cells = [[_name(row), *(_cell(row, metric) for metric in shown)] for row in rows]
-        parts.append(f"## {title}\n\n" + markdown_table(["system", *map(_heading, shown)], cells))
-    if reasons := sorted({f"- {m}: {row[m + '_reason']}" for row in rows for m in metrics if row.get(m + "_reason")}):
-        parts.append("## Not computed\n\n" + "\n".join(reasons) + "\n")
-    columns = ["system", "space", *FLAGS, *COSTS, "n_items", "n_runs",
-               *(metric + end for metric in metrics for end in ("", "_sd", "_ci_low", "_ci_high", "_mark"))]
-    write_table(profile, "table1", rows, columns, "\n".join(parts))
-    return pd.DataFrame(rows)[[column for column in columns if column in set().union(*rows)]]
-
-
-def score_rows(frame: pd.DataFrame, experiment: str, split: str, metrics: list[str]) -> list[dict]:
-    """One dict a (system, space), in the order of ``SYSTEMS``, text space first, from the rows summed over runs."""
+def score_rows(frame: pd.DataFrame, experiment: str, metrics: list[str]) -> list[dict]:
+    """One dict a (system, space) from the rows over all runs on test: systems in their order, text space first."""
     rows = []
-    chosen = frame[(frame.experiment == experiment) & (frame.split == split)]
-    for (system, space), group in chosen.groupby(["system", "space"]):
-        summary = group[group.seed == "all"].set_index("metric")
-        runs = group[group.seed != "all"][["seed", "noise_seed"]].drop_duplicates()
-        row = {"system": system, "space": space, "n_runs": len(runs)}
-        for metric in (*metrics, *COSTS):
-            if metric in summary.index:
-                found = summary.loc[metric]
-                row |= {metric: found.value, "n_items": row.get("n_items", found.n_items)}
-                row |= {f"{metric}_{end}": found[end] for end in ("sd", "ci_low", "ci_high", "reason")}
+    scored = frame[(frame.experiment == experiment) & (frame.split == "test")]
+    for (system, space), group in scored.groupby(["system", "space"]):
+        runs = group[group.seed != "all"]
+        row = {"system": system, "space": space, "n_runs": len(runs[["seed", "noise_seed"]].drop_duplicates()),
+               "n_seeds": runs.seed.nunique()}
+        for found in group[(group.seed == "all") & group.metric.isin([*metrics, *COSTS])].itertuples():
+            row |= {found.metric: found.value, "n_items": row.get("n_items", found.n_items)}
+            row |= {f"{found.metric}_{end}": getattr(found, end) for end in ("sd", "ci_low", "ci_high", "reason")}
         rows += [row] if "n_items" in row else []
     order = {system: place for place, system in enumerate(SYSTEMS)}
     rows.sort(key=lambda row: (order.get(row["system"], len(order)), row["system"], row["space"] != "text"))
-    paired = (frame.experiment == f"{experiment}:paired") & (frame.split == split) & (frame.seed == "all")
-    mark_best(rows, frame[paired & (frame.space == "text")], metrics)
+    mark_best(rows, frame[frame.experiment == f"{experiment}:paired"], metrics)
     return rows
 
 
@@ -341,20 +262,19 @@ def mark_best(rows: list[dict], paired: pd.DataFrame, metrics: list[str]) -> Non
 
     Where that difference was not recorded, a tie is a row whose own interval holds the best mean.
     """
+    paired = paired[(paired.split == "test") & (paired.seed == "all") & (paired.space == "text")]
     intervals = {(row.system, row.metric): (row.ci_low, row.ci_high) for row in paired.itertuples()}
-    for metric in metrics:
+    for metric in set(metrics) & set(BETTER):
         ranked = [row for row in rows if row["space"] == "text" and row["system"] not in NOT_RANKED
                   and not math.isnan(row.get(metric, math.nan))]
-        if metric not in BETTER or not ranked:
-            continue
-        best = (max if BETTER[metric] == "higher" else min)(ranked, key=lambda row: row[metric])
+        best = sorted(ranked, key=lambda row: row[metric], reverse=BETTER[metric] == "higher")[:1]
         for row in ranked:
-            ours, theirs = row["system"], best["system"]
+            ours, theirs = row["system"], best[0]["system"]
             pair = intervals.get((f"{ours}-{theirs}", metric)) or intervals.get((f"{theirs}-{ours}", metric))
             low, high = pair or (row[metric + "_ci_low"], row[metric + "_ci_high"])
-            if row[metric] == best[metric]:
+            if row[metric] == best[0][metric]:
                 row[metric + "_mark"] = "best"
-            elif low <= (0 if pair else best[metric]) <= high:
+            elif low <= (0 if pair else best[0][metric]) <= high:
                 row[metric + "_mark"] = "tie"
 
 
@@ -371,12 +291,6 @@ def _form(value: float) -> str:
     return ".1f" if abs(value) >= 10 else ".3f" if abs(value) >= 0.01 or value == 0 else ".4f"
 
 
-def _cost(row: dict, name: str) -> str:
-    """A count of parameters, or milliseconds; blank where it was not measured."""
-    value = row.get(name, math.nan)
-    return "" if math.isnan(value) else format(value, ",.0f" if name == "parameters" else _form(value))
-
-
 def _cell(row: dict, metric: str) -> str:
     """``**0.300** ± 0.010 [0.280, 0.320]``; blank without a row, n/c without a value."""
     if row.get(metric) is None:
@@ -385,6 +299,64 @@ def _cell(row: dict, metric: str) -> str:
     value, _, ends = interval(*(row[metric + end] for end in ENDS), form=form).partition(" ")
     shown = {"best": "**{}**", "tie": "*{}*"}.get(row.get(metric + "_mark", ""), "{}").format(value)
     return " ".join(filter(None, [shown, "" if math.isnan(sd) else f"± {sd:{form}}", ends]))
+
+
+# ---------------------------------------------------------------------------------------------------- Table 1: the gap
+WATCHED = ("recall_at_10", "effective_rank")    # in every panel: they fall when a gap is closed by a collapse
+GAP_PANELS = {
+    "Distance and similarity": ("pair_cosine", "nonpair_cosine", "cosine_margin", "centroid_gap", "rmg"),
+    "Distributions": ("separability_auc", "frechet_distance", "mmd2", "alignment", "uniformity"),
+    "Retrieval": ("recall_at_1", "recall_at_5", "map_at_10", "text_to_audio_recall_at_10", "label_recall_at_10"),
+    "Topology": ("gram_correlation", "linear_cka", "knn_overlap"),
+    "The gap as one vector": ("gap_length", "direction_consistency", "orthogonality", "share_toward_text"),
+}
+FLAGS = ("uses_pairs", "uses_memory", "trained")
+COSTS = ("parameters", "ms_per_1000")
+TABLE1_LEGEND = (
+    "Mean ± standard deviation over training seeds x noise seeds [95 % interval: one training seed, one noise seed "
+    "and the recordings drawn anew]. **Bold**: best; *italic*: its difference from the best is within the interval. "
+    "n/c: not computed."
+)
+REVERSE = (
+    "\ntext_to_audio is the opposite direction, a second network with the roles swapped: first captions mapped among "
+    "the sounds. It is not ranked; its retrieval looks for one sound among the sounds, not for one of five captions "
+    "among all.\n"
+)
+
+
+def write_table1(profile: Profile) -> pd.DataFrame:
+    """Table 1: every system's gap metrics on test, with what it uses and costs; returns the table as written.
+
+    Raises:
+        ValueError: there is nothing to show yet.
+    """
+    frame = MetricsFile(profile).frame()
+    metrics = list(dict.fromkeys(metric for panel in GAP_PANELS.values() for metric in (*panel, *WATCHED)))
+    recorded = set(frame.metric[(frame.experiment == "gap") & (frame.split == "test")])
+    metrics += sorted(recorded & set(DIRECTION) - set(metrics))
+    rows = score_rows(frame, "gap", metrics)
+    if not rows:
+        raise ValueError("metrics.csv has no gap rows of split 'test': run notebook 05, or ./run_all.sh --only 05")
+    for row in rows:
+        method = REGISTRY.get(row["system"])
+        row |= {flag: "" if method is None else ("yes" if getattr(method, flag) else "no") for flag in FLAGS}
+    uses = [[_name(row), *(row[flag] for flag in FLAGS), f"{row['parameters']:,.0f}" if "parameters" in row else "",
+             f"{row['ms_per_1000']:{_form(row['ms_per_1000'])}}" if "ms_per_1000" in row else "", row["n_items"],
+             row["n_runs"]] for row in rows]
+    head = ["system", "uses pairs", "uses a memory", "trained", "parameters", "ms per 1,000 vectors", "clips", "runs"]
+    items = ", ".join(sorted({str(row["n_items"]) for row in rows}))
+    parts = [(f"# Table 1. The modality gap by system\n\nProfile {profile.name}, split test, n = {items} clips. "
+              f"{TABLE1_LEGEND}\n"), f"## What each system uses\n\n{markdown_table(head, uses)}{REVERSE}"]
+    for title, panel in GAP_PANELS.items():
+        shown = list(dict.fromkeys((*panel, *WATCHED)))
+        cells = [[_name(row), *(_cell(row, metric) for metric in shown)] for row in rows]
+        parts.append(f"## {title}\n\n" + markdown_table(["system", *map(_heading, shown)], cells))
+    if reasons := sorted({f"- {m}: {row[m + '_reason']}" for row in rows for m in metrics if row.get(m + "_reason")}):
+        parts.append("## Not computed\n\n" + "\n".join(reasons) + "\n")
+    columns = ["system", "space", *FLAGS, *COSTS, "n_items", "n_runs",
+               *(metric + end for metric in metrics for end in ("", "_sd", "_ci_low", "_ci_high", "_mark"))]
+    write_table(profile, "table1", rows, columns, "\n".join(parts))
+    return pd.DataFrame(rows)[[column for column in columns if column in set().union(*rows)]]
 
 
 # --------------------------------------------------------------------------------------------------- Table 2: captions
@@ -416,27 +388,27 @@ TABLE2_LEGEND = (
 )
 
 
-def write_table2(profile: Profile, split: str = "test") -> pd.DataFrame:
+def write_table2(profile: Profile) -> pd.DataFrame:
     """Table 2, captions with and without the bridge, a panel a setting; returns the table as written.
 
     Raises:
         ValueError: no captions were scored yet.
     """
     frame = MetricsFile(profile).frame()
-    title = "# Table 2. Captions with and without the bridge"
-    parts = [f"{title}\n\nProfile {profile.name}, split {split}. {TABLE2_LEGEND}\n"]
+    heading = "# Table 2. Captions with and without the bridge"
+    parts = [f"{heading}\n\nProfile {profile.name}, split test. {TABLE2_LEGEND}\n"]
     rows: list[dict] = []
     lacking: dict[tuple[str, str], dict[str, None]] = {}            # (metric, reason): the panels that lack it
     for experiment, (title, about) in CAPTION_PANELS.items():
-        found = _caption_rows(frame, experiment, split)
+        decodings = sorted(set(frame.decoding[frame.experiment == experiment]))
+        found = [row for name in decodings for row in _caption_rows(frame[frame.decoding == name], experiment, name)]
         rows += found
         parts += [f"## {title}\n\n{about}\n", *_caption_panel(found)] if found else []
-        for row in found:
-            for metric in METRICS:
-                if isinstance(reason := row.get(f"{metric}_reason"), str) and reason:
-                    lacking.setdefault((metric, reason), {})[title.split(".")[0]] = None
+        for metric, row in ((metric, row) for row in found for metric in METRICS):
+            if reason := row.get(f"{metric}_reason"):
+                lacking.setdefault((metric, reason), {})[title.split(".")[0]] = None
     if not rows:
-        raise ValueError(f"metrics.csv has no captioning rows of split {split!r}: run notebooks 07 and 08, "
+        raise ValueError("metrics.csv has no captioning rows of split 'test': run notebooks 07 and 08, "
                          "or ./run_all.sh --only 07, then 08")
     reasons = [f"- {metric} ({', '.join(panels)}): {reason}\n" for (metric, reason), panels in lacking.items()]
     parts += ["## Not computed\n\n" + "".join(reasons)] if reasons else []
@@ -448,30 +420,21 @@ def write_table2(profile: Profile, split: str = "test") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _caption_rows(frame: pd.DataFrame, experiment: str, split: str) -> list[dict]:
-    """The rows of one setting, decoding by decoding, each with its gains and its CIDEr-D on subsets."""
-    rows = []
-    for decoding in sorted(set(frame.decoding[frame.experiment == experiment])):
-        part = frame[frame.decoding == decoding]
-        summed = part[part.seed == "all"].set_index(["experiment", "split", "system", "space", "metric"]).sort_index()
-
-        def figure(name: str, *key: str, summed: pd.DataFrame = summed) -> dict[str, float]:
-            return {name + end: summed.at[key, end[1:] or "value"] for end in ENDS} if key in summed.index else {}
-
-        for row in score_rows(part, experiment, split, list(METRICS)):
-            system, space = row["system"], row["space"]
-            mine = part[(part.experiment == experiment) & (part.split == split) & (part.seed != "all")
-                        & (part.system == system) & (part.space == space)]
-            gains = {"raw": "", "diffusion_link": PAPER_GAINS.get(experiment, "?")}
-            row |= {"experiment": experiment, "decoding": decoding, "n_seeds": mine.seed.nunique(),
-                    "paper_relative_gain": gains.get(system, "?")}
-            row |= {f"{metric}_t95": t_half_width(row.get(f"{metric}_sd"), row["n_seeds"]) for metric in METRICS}
-            if space == "text":
-                row |= figure(GAIN, f"{experiment}:paired", split, f"{system}-raw", "text", GAIN)
-                row |= figure(OVER_RIDGE, f"{experiment}:paired", split, f"{system}-ridge", "text", "cider_d")
-            for subset in SUBSETS:
-                row |= figure(f"cider_d_{subset}", experiment, f"{split}:{subset}", system, space, "cider_d")
-            rows.append(row)
+def _caption_rows(frame: pd.DataFrame, experiment: str, decoding: str) -> list[dict]:
+    """The rows of one setting and decoding, each with its gains and its CIDEr-D on subsets."""
+    figures, rows = summed(frame), score_rows(frame, experiment, list(METRICS))
+    for row in rows:
+        system, space = row["system"], row["space"]
+        paper = {"raw": "", "diffusion_link": PAPER_GAINS.get(experiment, "?")}.get(system, "?")
+        row |= {"experiment": experiment, "decoding": decoding, "paper_relative_gain": paper}
+        row |= {f"{metric}_t95": t_half_width(row.get(f"{metric}_sd"), row["n_seeds"]) for metric in METRICS}
+        wanted = {f"cider_d_{subset}": (experiment, f"test:{subset}", system, space, "cider_d") for subset in SUBSETS}
+        if space == "text":
+            wanted[GAIN] = (f"{experiment}:paired", "test", f"{system}-raw", space, GAIN)
+            wanted[OVER_RIDGE] = (f"{experiment}:paired", "test", f"{system}-ridge", space, "cider_d")
+        for name, key in wanted.items():
+            if found := figures.get(key):
+                row |= {name: found.value, f"{name}_ci_low": found.ci_low, f"{name}_ci_high": found.ci_high}
     return rows
 
 
@@ -536,6 +499,8 @@ ABLATIONS = {       # what is changed -> (the question, the variants in order); 
               " ".join(f"{system}_{100 * share:.0f}pct" for share in FRACTIONS
                        for system in ("diffusion_link", "ridge", "regression_mlp"))),
 }
+ABLATION_COLUMNS = ["name", "variant", "is_base", "metric", "mean", "sd", "ci_low", "ci_high", "difference",
+                    "difference_ci_low", "difference_ci_high", "n_seeds", "train_steps"]
 
 
 def ablation_rows(frame: pd.DataFrame, n_seeds: int, train_steps: int) -> list[dict]:
@@ -546,9 +511,8 @@ def ablation_rows(frame: pd.DataFrame, n_seeds: int, train_steps: int) -> list[d
         n_seeds: training seeds of the profile; a row without an s.d. has one.
         train_steps: of every fit, closed forms apart.
     """
-    frame = frame[(frame.seed == "all") & frame.experiment.str.startswith("ablation:")]
-    found = {(row.experiment, row.system, row.metric): row for row in frame.itertuples()}
-    rows = []
+    figures, rows = summed(frame[frame.split == "test"]), []
+    found = {(experiment, system, metric): row for (experiment, _, system, _, metric), row in figures.items()}
     for name, (_, listed) in ABLATIONS.items():
         experiment, labels = f"ablation:{name}", listed.split()
         same = [label for label in labels if (experiment, label, "rmg") not in found]
@@ -556,19 +520,18 @@ def ablation_rows(frame: pd.DataFrame, n_seeds: int, train_steps: int) -> list[d
             continue
         pairs = [f"{ours}-{theirs}" for ours, theirs in permutations(labels, 2)]
         labels, same = (labels, same) if same else (["base", *labels], ["base"])
-        for label in [*labels, *(pair for pair in pairs if (f"{experiment}:paired", pair, "rmg") in found)]:
-            steps = 0 if label.startswith("ridge") else train_steps
-            for metric in ABLATION_METRICS:
-                row = {"name": name, "variant": label, "is_base": int(label in same), "metric": metric}
-                own = found.get(("ablation:base", "base", metric) if label in same else (experiment, label, metric))
-                if own is not None:
-                    row |= {"mean": own.value, "sd": own.sd, "ci_low": own.ci_low, "ci_high": own.ci_high,
-                            "n_seeds": 1 if math.isnan(own.sd) else n_seeds, "train_steps": steps}
-                if paired := found.get((f"{experiment}:paired", label if own is None else f"{label}-base", metric)):
-                    row |= {"difference": paired.value, "difference_ci_low": paired.ci_low,
-                            "difference_ci_high": paired.ci_high}
-                rows.append({key: float(f"{value:.6g}") if isinstance(value, float) else value
-                             for key, value in row.items()})
+        labels = [*labels, *(pair for pair in pairs if (f"{experiment}:paired", pair, "rmg") in found)]
+        for label, metric in ((label, metric) for label in labels for metric in ABLATION_METRICS):
+            row = {"name": name, "variant": label, "is_base": int(label in same), "metric": metric}
+            own = found.get(("ablation:base", "base", metric) if label in same else (experiment, label, metric))
+            if own is not None:
+                row |= {"mean": own.value, "sd": own.sd, "ci_low": own.ci_low, "ci_high": own.ci_high,
+                        "n_seeds": 1 if math.isnan(own.sd) else n_seeds,
+                        "train_steps": 0 if label.startswith("ridge") else train_steps}
+            if paired := found.get((f"{experiment}:paired", label if own is None else f"{label}-base", metric)):
+                row |= {"difference": paired.value, "difference_ci_low": paired.ci_low,
+                        "difference_ci_high": paired.ci_high}
+            rows.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
     return rows
 
 
@@ -589,9 +552,7 @@ def write_ablations(profile: Profile) -> pd.DataFrame:
     else:
         raise ValueError("metrics.csv has no rows of ablations: run notebook 09 with full = True, or "
                          "./run_all.sh --only 09 --full")
-    columns = ["name", "variant", "is_base", "metric", "mean", "sd", "ci_low", "ci_high", "difference",
-               "difference_ci_low", "difference_ci_high", "n_seeds", "train_steps"]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=ABLATION_COLUMNS)
     outside = (table.difference_ci_low > 0) | (table.difference_ci_high < 0)
     table["cell"] = [_ablation_cell(row, bold) for row, bold in zip(table.itertuples(), outside, strict=True)]
     items = ", ".join(sorted(set(frame.n_items[frame.experiment == "ablation:base"])))
@@ -605,19 +566,18 @@ def write_ablations(profile: Profile) -> pd.DataFrame:
          f"leaves 0 out. That is so for {outside.sum()} of {tested} differences on this page; were there no "
          f"effect at all, about {round(0.05 * tested)} would be.\n")]
     for name, own in table.groupby("name", sort=False):
-        variants = own.variant[own["mean"].notna()].unique()
-        between = own.variant[own["mean"].isna()].unique()
         cells = own.pivot(index="variant", columns="metric", values="cell")[list(ABLATION_METRICS)]
         base = set(own.variant[own.is_base == 1])
-        lines = [[f"`{variant}`" + " (base)" * (variant in base), *cells.loc[variant]] for variant in variants]
+        single, between = (own.variant[known].unique() for known in (own["mean"].notna(), own["mean"].isna()))
+        lines = [[f"`{variant}`" + " (base)" * (variant in base), *cells.loc[variant]] for variant in single]
         shown = markdown_table(["variant", *map(_heading, ABLATION_METRICS)], lines)
         parts.append(f"## {name}\n\n{ABLATIONS[name][0]}\n\n{shown}")
         if len(between):
             lines = [[f"`{pair}`", *cells.loc[pair]] for pair in between]
             shown = markdown_table(["difference", *ABLATION_METRICS], lines)
             parts.append(f"Paired differences at the same pairs:\n\n{shown}")
-    write_table(profile, "ablations", rows, columns, "\n".join(parts))
-    return table[columns]
+    write_table(profile, "ablations", rows, ABLATION_COLUMNS, "\n".join(parts))
+    return table[ABLATION_COLUMNS]
 
 
 def _ablation_cell(row: Any, bold: bool) -> str:
@@ -632,7 +592,6 @@ def _ablation_cell(row: Any, bold: bool) -> str:
 
 
 # --------------------------------------------------------------------------------------------- ours beside the paper's
-PAPER_CSV = REPO / "results/paper.csv"
 CAPTION_FIGURES = {"meteor": "METEOR", "cider": "CIDEr", "spice": "SPICE", "spider": "SPIDEr", "fense": "FENSE"}
 COMPARISON_COLUMNS = ["part", "claim", "setting", "system", "metric", "ours", "ci_low", "ci_high", "n_seeds",
                       "verdict", "paper", "paper_status", "comparable", "evidence"]
@@ -655,16 +614,16 @@ OTHERS = (
 )
 
 
-def load_paper(path: Path = PAPER_CSV) -> pd.DataFrame:
+def load_paper() -> pd.DataFrame:
     """``results/paper.csv``: what the paper and others report, typed by hand, one figure a line, all columns as text.
 
     Only the paper's abstract and summaries of it were read. ``value`` is a number, "?" (unknown to us) or "-" (not in
     what we read); ``status`` says where it comes from, and "recalled" was checked against no source.
     """
-    return pd.read_csv(path, dtype=str, keep_default_na=False)
+    return pd.read_csv(REPO / "results/paper.csv", dtype=str, keep_default_na=False)
 
 
-def paper_text(row: Any) -> str:
+def _paper_text(row: Any) -> str:
     """A value of ``paper.csv`` as it is shown: "up to +52.5 % relative", "91.1", "?", "-"."""
     shown = {"relative percent": f"+{row.value} % relative", "blocks": f"{row.value} blocks"}.get(row.unit, row.value)
     return f"{row.bound} {shown}".strip()
@@ -692,7 +651,7 @@ def comparison_rows(results: Path) -> list[dict]:
             "metric": said.get("metric", known.metric),
             "system": said.get("system", "diffusion_link-raw" if is_gain else "diffusion_link"),
             **{name: claim[name] for name in ("ours", "ci_low", "ci_high", "n_seeds", "verdict", "evidence")},
-            "paper": paper_text(known), "paper_status": known.status,
+            "paper": _paper_text(known), "paper_status": known.status,
             "comparable": COMPARABLE["claim"] if is_gain and not on_audiocaps else comparable})
     for part, (settings, systems, metrics) in COMPARED.items():
         for row in table(part):
@@ -707,12 +666,12 @@ def comparison_rows(results: Path) -> list[dict]:
                     "part": part, "setting": setting, "system": system, "metric": metric, "ours": row.get(metric, ""),
                     "ci_low": row.get(f"{metric}_ci_low", ""), "ci_high": row.get(f"{metric}_ci_high", ""),
                     "n_seeds": row.get("n_seeds", ""), "comparable": comparable,
-                    "paper": paper_text(found.iloc[0]) if len(found) else "?",
+                    "paper": _paper_text(found.iloc[0]) if len(found) else "?",
                     "paper_status": found.status.iloc[0] if len(found) else "?",
                     "evidence": f"{part}.csv: {', '.join(where)}"})
     others = paper[(paper.system != "Diffusion-Link") & paper.metric.isin(CAPTION_FIGURES)]
     rows += [{"part": "others", "setting": row.setting, "system": row.system + (f" ({row.note})" if row.note else ""),
-              "metric": row.metric, "paper": paper_text(row), "paper_status": row.status, "comparable": comparable,
+              "metric": row.metric, "paper": _paper_text(row), "paper_status": row.status, "comparable": comparable,
               "evidence": "results/paper.csv"} for row in others.itertuples(index=False)]
     return rows
 

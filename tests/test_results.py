@@ -302,7 +302,7 @@ def test_from_vectors_to_claims(profile):
     before = file.path.read_bytes()
     file.add(rows)
     assert file.path.read_bytes() == before, "recording twice changes nothing"
-    table = report.write_table1(profile, traits={})
+    table = report.write_table1(profile)
     assert table.system.tolist() == ["raw", "seed", "diffusion_link"] and table.rmg_mark.tolist()[2] == "best"
     found = {row["id"]: row["verdict"] for row in write_claims(profile)}
     assert found["C1"] == "supported" and found["C3"] == found["C6"] == "not_tested" and found["C5"] == "supported"
