@@ -1,18 +1,15 @@
 """Intervals: resample the recordings behind the clips, draw a training seed and a noise seed, score, repeat.
 
-Scenes share recordings, so clips are not independent. The cluster bootstrap is the pigeonhole bootstrap (Owen, Annals
-of Applied Statistics 2007): recordings are drawn with replacement, and a scene counts the product of how often each of
-its recordings was drawn. The plain clip bootstrap stands beside it; it is too narrow where clips share recordings.
-
-A replicate also draws one training seed and one noise seed, so an interval speaks of *one* trained model. Two systems
-are compared on the same draws. Resampling adds noise of its own to squared distances (a centroid gap of resampled
-clips is larger than that of the clips). So a metric's replicates are shifted by their mean excess over the value of
-the run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
+Scenes share recordings: a scene counts the product of how often each of its recordings was drawn (pigeonhole
+bootstrap: Owen, Annals of Applied Statistics 2007). Beside it stands the clip bootstrap, which is too narrow here.
+A resampled squared distance exceeds that of the clips, so replicates are shifted by their mean excess over the value
+of the run they were drawn from, before the 2.5 and 97.5 percentiles are taken. [ours]
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,18 +39,10 @@ class Draws:
 
 
 def make_draws(clusters: list[tuple[str, ...]], n_samples: int = 1000, seed: int = 0) -> Draws:
-    """Draw R = ``n_samples`` replicates.
-
-    Args:
-        clusters: for each of the n clips the ids of its recordings (AudioCaps: the one YouTube id).
-        n_samples: R.
-        seed: of the bootstrap itself.
-    """
+    """Draw R = ``n_samples`` replicates; ``clusters`` names the recordings of each of the n clips."""
     rng = np.random.default_rng(seed)
-    names = list(dict.fromkeys(name for members in clusters for name in members))
-    place = {name: i for i, name in enumerate(names)}
-
-    counts, clip = (rng.multinomial(n, np.full(n, 1 / n), size=n_samples) for n in (len(names), len(clusters)))
+    place = {name: i for i, name in enumerate(dict.fromkeys(name for members in clusters for name in members))}
+    counts, clip = (rng.multinomial(n, np.full(n, 1 / n), size=n_samples) for n in (len(place), len(clusters)))
     cluster = np.stack([counts[:, [place[name] for name in set(members)]].prod(1) for members in clusters], axis=1)
     return Draws(cluster.astype(float), clip.astype(float), rng.random(n_samples), rng.random(n_samples))
 
@@ -62,10 +51,8 @@ def make_reference(embeddings: Embeddings, labels: list[frozenset[str]] | None =
                    means: tuple[Tensor, Tensor] | None = None) -> Reference:
     """The texts of a split as gap metrics take them.
 
-    Args:
-        embeddings: the split's vectors.
-        labels: the set of labels of each clip, for the label-aware retrieval.
-        means: (mean_a, mean_t) of the training split, to score in the centred space; None scores in the text space.
+    ``labels`` of each clip are for the label-aware retrieval; ``means`` (mean_a, mean_t) of the training split put the
+    reference into the centred space.
     """
     audio, text = embeddings.audio, embeddings.text
     if means is not None:
@@ -96,7 +83,7 @@ def _caption_rows(text_clip: Tensor, k: int) -> Tensor:
 
 @dataclass(eq=False)
 class SystemScores:
-    """What one system scored: for each metric a value a run and replicates, shifted as the module's head says."""
+    """What one system scored on the clips that count."""
 
     system: str
     runs: list[Run]                         # (seed, noise_seed) of each of the K runs
@@ -104,7 +91,7 @@ class SystemScores:
     points: dict[str, NDArray]              # metric -> (K,) values
     replicates: dict[str, NDArray]          # metric -> (R,) with recordings resampled; NaN where not computed
     clip_replicates: dict[str, NDArray]     # the same with clips resampled
-    reasons: dict[str, str] = field(default_factory=dict)      # metric -> why it has no value
+    reasons: dict[str, str]                 # metric -> why it has no value
 
     def rows(self, each_run: bool = True, **labels: Any) -> list[dict]:
         """Rows for ``MetricsFile.add``: each run (unless not ``each_run``), then the mean over runs with its interval.
@@ -131,19 +118,10 @@ class SystemScores:
 
 def score_system(system: str, mapped: Iterable[tuple[int, int, ArrayLike]], reference: Reference, draws: Draws,
                  mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
-    """Score one system's mapped vectors with all gap metrics and their intervals.
-
-    Args:
-        system: its name.
-        mapped: (seed, noise_seed, (n, D) unit-norm vectors) of each run; a deterministic system has one.
-        reference: the split's texts.
-        draws: replicates, the same object for systems that will be compared.
-        mask: (n,) bool, the clips that count (a subset such as the seen ones); the gallery stays whole.
-        heavy_samples: replicates of ``dl.gap.HEAVY`` metrics, whose clip interval stays blank; 0 leaves both blank.
+    """All gap metrics, with intervals, of (seed, noise_seed, (n, D) unit-norm vectors) of each run; see ``score_clips``.
 
     Example:
-        >>> draws = make_draws(split.clusters)
-        >>> raw = score_system("raw", [(0, 0, audio)], reference, draws)
+        >>> raw = score_system("raw", [(0, 0, audio)], make_reference(embeddings), make_draws(split.clusters))
         >>> MetricsFile(profile).add(raw.rows(experiment="gap", split="test"))
     """
     functions = [(seed, noise_seed, gap_functions(vectors, reference)) for seed, noise_seed, vectors in mapped]
@@ -152,10 +130,7 @@ def score_system(system: str, mapped: Iterable[tuple[int, int, ArrayLike]], refe
 
 @dataclass(frozen=True, eq=False)
 class ClipCounts:
-    """A metric of a whole corpus (BLEU, METEOR): counts (n, c) that add up over clips, and the metric of their sums.
-
-    ``statistic`` takes (R, c) sums and gives (R,) values.
-    """
+    """A metric of a whole corpus (BLEU): ``statistic`` of the summed counts (n, c) of clips; (R, c) -> (R,)."""
 
     counts: NDArray
     statistic: Callable[[NDArray], NDArray]
@@ -167,15 +142,20 @@ class ClipCounts:
 
 def score_clips(system: str, scores: Sequence[tuple[int, int, Mapping[str, ArrayLike | ClipCounts | GapFunction]]],
                 draws: Draws, mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
-    """The same for any metrics: a mean over clips (CIDEr-D), of counts (BLEU, METEOR), or of ``gap_functions``.
+    """Values and replicates of any metrics: means over clips (CIDEr-D), of counts (BLEU, METEOR), ``gap_functions``.
 
     Args:
         scores: (seed, noise_seed, metric -> (n,) score of each clip, or a function of weights (R, n)) of each run.
+        draws: replicates, the same object for systems that will be compared.
+        mask: (n,) bool, the clips that count (a subset such as the seen ones); the gallery stays whole.
+        heavy_samples: replicates of ``dl.gap.HEAVY`` metrics, whose clip interval stays blank; 0 leaves both blank.
     """
     kept = np.ones(draws.clip.shape[1]) if mask is None else np.asarray(mask, dtype=float)
     weights = np.concatenate([draws.cluster, draws.clip]) * kept
     runs, half = [(seed, noise_seed) for seed, noise_seed, _ in scores], len(draws.seed)
-    drawn = _drawn_runs(runs, draws)
+    by_seed = _runs_by_seed(runs)
+    chosen = (by_seed[int(u * len(by_seed))] for u in draws.seed)
+    drawn = np.array([of_seed[int(v * len(of_seed))] for of_seed, v in zip(chosen, draws.noise_seed, strict=True)])
     points = {metric: np.empty(len(runs)) for metric in scores[0][2]}
     replicates = {metric: np.full(2 * half, np.nan) for metric in points}
     for run, (_, _, by_metric) in enumerate(scores):
@@ -189,31 +169,24 @@ def score_clips(system: str, scores: Sequence[tuple[int, int, Mapping[str, Array
             points[metric][run], replicates[metric][index] = stacked[0], stacked[1:]
 
     n_items = int(kept.sum())
-    pairs = {metric: _shifted(values.reshape(2, half), points[metric][drawn]) for metric, values in replicates.items()}
     reasons = {metric: not_computed_reason(metric, n_items) or "no value: the weights or vectors are degenerate"
                for metric, values in points.items() if not np.isfinite(values).all()}
-    return SystemScores(system, runs, n_items, points, {metric: pair[0] for metric, pair in pairs.items()},
-                        {metric: pair[1] for metric, pair in pairs.items()}, reasons)
-
-
-def _shifted(replicates: NDArray, values: NDArray) -> NDArray:
-    """Replicates (2, R) less their mean excess over the values (R,) of the runs that were drawn."""
-    excess = replicates - values
-    known = ~np.isnan(excess)
-    return replicates - (np.where(known, excess, 0).sum(1) / np.maximum(known.sum(1), 1))[:, None]
+    for metric, values in replicates.items():
+        excess = values.reshape(2, half) - points[metric][drawn]
+        known = ~np.isnan(excess)
+        shift = np.where(known, excess, 0).sum(1) / np.maximum(known.sum(1), 1)
+        replicates[metric] = values.reshape(2, half) - shift[:, None]
+    by_recording, by_clip = ({metric: both[i] for metric, both in replicates.items()} for i in (0, 1))
+    return SystemScores(system, runs, n_items, points, by_recording, by_clip, reasons)
 
 
 def paired_difference(system: SystemScores, baseline: SystemScores, relative: bool = False,
                       **labels: Any) -> list[dict]:
     """Rows of system - baseline, replicate by replicate on the same recordings and seeds.
 
-    Args:
-        system, baseline: scores on the same draws.
-        relative: (system - baseline) / baseline instead; the metric's name then ends in ``_relative_gain``.
-        labels: columns that all rows share.
-
-    Returns:
-        one row a metric, system = ``<system>-<baseline>``, value = difference of the means, with both intervals.
+    One row a metric, system = ``<system>-<baseline>``, value = difference of the means, with both intervals;
+    ``relative`` gives (system - baseline) / baseline, and the metric's name ends in ``_relative_gain``. ``labels`` are
+    columns that all rows share.
 
     Raises:
         ValueError: the two were scored on different draws or clips.
@@ -240,16 +213,8 @@ def paired_difference(system: SystemScores, baseline: SystemScores, relative: bo
 
 def _runs_by_seed(runs: list[Run]) -> list[list[int]]:
     """Positions of the runs of each training seed, noise seeds in order."""
-    seeds = sorted({seed for seed, _ in runs})
     order = sorted(range(len(runs)), key=runs.__getitem__)
-    return [[i for i in order if runs[i][0] == seed] for seed in seeds]
-
-
-def _drawn_runs(runs: list[Run], draws: Draws) -> NDArray:
-    """Which run each replicate draws; (R,) int."""
-    by_seed = _runs_by_seed(runs)
-    chosen = (by_seed[int(u * len(by_seed))] for u in draws.seed)
-    return np.array([of_seed[int(v * len(of_seed))] for of_seed, v in zip(chosen, draws.noise_seed, strict=True)])
+    return [list(of_seed) for _, of_seed in groupby(order, key=lambda i: runs[i][0])]
 
 
 def _intervals(replicates: NDArray, clip_replicates: NDArray) -> dict[str, float | None]:

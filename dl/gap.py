@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import entr
@@ -59,26 +60,22 @@ def weighted_mean(values: NDArray, weights: Weights = None) -> NDArray:
         return rows @ np.where(valid, values, 0.0) / (rows @ valid)
 
 
+def prepared(weights: Weights, audio: ArrayLike, text: ArrayLike) -> tuple[NDArray, NDArray, NDArray]:
+    """Both sets as float64 arrays, and ``weight_rows``."""
+    audio, text = as_array(audio), as_array(text)
+    return audio, text, weight_rows(weights, len(audio))
+
+
 def _quadratic(rows: NDArray, matrix: NDArray) -> NDArray:
     """sum_ij w_i w_j k_ij of each weighting; (R, n), (n, n) -> (R,)."""
     return np.einsum("ri,ri->r", rows @ matrix, rows)
 
 
-def _without_self(rows: NDArray, total: NDArray, diagonal: NDArray) -> NDArray:
-    """From sum_ij w_i w_j k_ij to the mean over i != j; (R, n), (R,), (n,) -> (R,)."""
-    squares = rows**2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (total - squares @ diagonal) / (1 - squares.sum(1))
-
-
 def _pair_mean(rows: NDArray, matrix: NDArray) -> NDArray:
     """Mean of k_ij over i != j; (R, n), (n, n) -> (R,)."""
-    return _without_self(rows, _quadratic(rows, matrix), np.diag(matrix))
-
-
-def _mean_product(rows: NDArray, x: NDArray, y: NDArray) -> NDArray:
-    """Mean of x_i . y_j over i != j without the (n, n) matrix; (R, n), (n, D), (n, D) -> (R,)."""
-    return _without_self(rows, np.einsum("rd,rd->r", rows @ x, rows @ y), np.einsum("id,id->i", x, y))
+    squares = rows**2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (_quadratic(rows, matrix) - squares @ np.diag(matrix)) / (1 - squares.sum(1))
 
 
 def _covariance(x: NDArray, row: NDArray) -> NDArray:
@@ -102,8 +99,8 @@ def pair_cosine(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> N
 
 def nonpair_cosine(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
     """Mean of cos(a_i, t_j) over i != j, in -1..1."""
-    audio, text = as_array(audio), as_array(text)
-    return _mean_product(weight_rows(weights, len(audio)), audio, text)
+    audio, text, rows = prepared(weights, audio, text)
+    return _pair_mean(rows, audio @ text.T)
 
 
 def cosine_margin(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
@@ -114,10 +111,10 @@ def cosine_margin(audio: ArrayLike, text: ArrayLike, weights: Weights = None) ->
 def centroid_gap(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
     """||sum_i w_i a_i - sum_i w_i t_i||, in 0..2. [Liang et al., NeurIPS 2022]
 
-    It is the gap of *these* n clips: without any gap, sampling still leaves about sqrt(tr S / n), S = cov(a_i - t_i).
+    Without any gap, sampling n clips still leaves about sqrt(tr S / n), S = cov(a_i - t_i).
     """
-    gaps = as_array(audio) - as_array(text)
-    return np.linalg.norm(weight_rows(weights, len(gaps)) @ gaps, axis=1)
+    audio, text, rows = prepared(weights, audio, text)
+    return np.linalg.norm(rows @ (audio - text), axis=1)
 
 
 def rmg(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
@@ -125,38 +122,30 @@ def rmg(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
 
     d = (1 - cos) / 2; P = sum_i w_i d(a_i, t_i); W_a, W_t = mean of d over i != j inside a modality.
     """
-    audio, text = as_array(audio), as_array(text)
-    rows = weight_rows(weights, len(audio))
+    audio, text, rows = prepared(weights, audio, text)
     paired = rows @ ((audio - text) ** 2).sum(1) / 4      # (1 - cos) / 2 = ||a - t||^2 / 4 on the unit sphere
-    within = sum((1 - _mean_product(rows, x, x)) / 2 for x in (audio, text)) / 2
+    within = sum((1 - _pair_mean(rows, x @ x.T)) / 2 for x in (audio, text)) / 2
     return paired / (paired + within)
 
 
 # ---------------------------------------------------------------------------------------- 4: can they be told apart
-def separability(audio: ArrayLike, text: ArrayLike, weights: Weights = None, seed: int = 0) -> dict[str, NDArray]:
-    """``separability_accuracy`` and ``separability_auc`` of ``separability_functions``, (R,) each."""
-    return {name: function(weights) for name, function in separability_functions(audio, text, seed).items()}
-
-
 def separability_functions(audio: ArrayLike, text: ArrayLike, seed: int = 0) -> dict[str, GapFunction]:
     """Accuracy and AUC of a logistic regression that tells a from t on clips it was not fitted on. [ours]
 
-    Clips are split into two halves by ``seed``; a clip's two vectors stay together; each half is judged by the other
+    ``seed`` splits the clips into two halves; a clip's two vectors stay together; each half is judged by the other
     half's classifier (inputs times sqrt(D), C = 1). AUC counts pairs (t_i, a_j) of one half, ties as 0.5. Both are 0.5
     where the gap is closed.
     """
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
-    audio, text = as_array(audio), as_array(text)
-    n, scale = len(audio), np.sqrt(audio.shape[1])
+    n, d = np.shape(text)
     fold = np.random.default_rng(seed).permutation(n) % 2
-    score = np.empty((2, n))                                          # of audio, of text
-    for half in (0, 1):
-        fit, held = fold != half, fold == half
-        inputs = np.concatenate([audio[fit], text[fit]]) * scale
-        with threadpool_limits(1):    # the same bits on any number of cores, and faster at this size
-            model = LogisticRegression(max_iter=300).fit(inputs, np.repeat([0, 1], fit.sum()))
-        score[:, held] = [model.decision_function(x[held] * scale) for x in (audio, text)]
+    inputs = np.concatenate([as_array(audio), as_array(text)]) * np.sqrt(d)
+    with threadpool_limits(1):        # the same bits on any number of cores, and faster at this size
+        model, halves = LogisticRegression(max_iter=300), PredefinedSplit(np.tile(fold, 2))
+        score = cross_val_predict(model, inputs, np.repeat([0, 1], n), cv=halves, method="decision_function")
+    score = score.reshape(2, n)                                       # of audio, of text
     accuracy = ((score[0] < 0) + (score[1] > 0).astype(float)) / 2
     difference = score[1][:, None] - score[0]
     wins = ((difference > 0) + 0.5 * (difference == 0)) * (fold[:, None] == fold)
@@ -174,11 +163,10 @@ def frechet_distance(audio: ArrayLike, text: ArrayLike, weights: Weights = None)
     """||mu_a - mu_t||^2 + tr(C_a + C_t - 2 (C_a^(1/2) C_t C_a^(1/2))^(1/2)), >= 0. [Heusel et al., NeurIPS 2017]
 
     C <- (1 - s) C + s (tr C / D) I, with s of Ledoit and Wolf (2004) for each set, from all its items (n is near D).
-    Its floor is the value of the row ``text_floor``: another caption of the same clips against caption 1.
     """
     from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 
-    audio, text = as_array(audio), as_array(text)
+    audio, text, rows = prepared(weights, audio, text)
     shrinkage = [ledoit_wolf_shrinkage(x) for x in (audio, text)]
 
     def distance(row: NDArray) -> float:
@@ -187,7 +175,7 @@ def frechet_distance(audio: ArrayLike, text: ArrayLike, weights: Weights = None)
         overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(root.T @ c_t @ root), 0)).sum()
         return ((row @ audio - row @ text) ** 2).sum() + np.trace(c_a) + np.trace(c_t) - 2 * overlap
 
-    return _for_each(distance, weight_rows(weights, len(audio)))
+    return _for_each(distance, rows)
 
 
 def median_bandwidth(text: ArrayLike) -> float:
@@ -200,17 +188,17 @@ def median_bandwidth(text: ArrayLike) -> float:
 def mmd2(audio: ArrayLike, text: ArrayLike, bandwidth: float, weights: Weights = None) -> NDArray:
     """Unbiased squared MMD: mean over i != j of k(a_i, a_j) + k(t_i, t_j) - k(a_i, t_j) - k(a_j, t_i).
 
-    k(x, y) = exp(-||x - y||^2 / (2 sigma^2)), sigma = ``bandwidth``. [Gretton et al., JMLR 2012, lemma 6, in its form
-    for equal sizes: pairs are not independent, so k(a_i, t_i) stays out.] It may fall below 0 where the sets agree.
+    k(x, y) = exp(-||x - y||^2 / (2 sigma^2)), sigma = ``bandwidth``; NaN for sigma 0. [Gretton et al., JMLR 2012,
+    lemma 6, for equal sizes and without the pairs k(a_i, t_i)] It may fall below 0 where the sets agree.
     """
     from sklearn.metrics.pairwise import rbf_kernel
 
+    audio, text, rows = prepared(weights, audio, text)
     if bandwidth == 0:                       # all texts alike: no scale to measure on
-        return np.full(len(weight_rows(weights, len(as_array(audio)))), np.nan)
-    audio, text, gamma = as_array(audio), as_array(text), 1 / (2 * bandwidth**2)
+        return np.full(len(rows), np.nan)
+    gamma = 1 / (2 * bandwidth**2)
     crossed = rbf_kernel(audio, text, gamma)
-    h = rbf_kernel(audio, gamma=gamma) + rbf_kernel(text, gamma=gamma) - crossed - crossed.T
-    return _pair_mean(weight_rows(weights, len(audio)), h)
+    return _pair_mean(rows, rbf_kernel(audio, gamma=gamma) + rbf_kernel(text, gamma=gamma) - crossed - crossed.T)
 
 
 def alignment(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
@@ -242,8 +230,7 @@ def nearest_captions(vectors: ArrayLike, gallery: ArrayLike, captions: list[str]
                      k: int = 5) -> list[list[tuple[str, float]]]:
     """Of each vector (q, D) the k nearest wordings with their cosines, nearest first, each wording once.
 
-    Args:
-        gallery: (m, D) unit norm, the vectors of ``captions``; equal wordings have equal vectors.
+    ``gallery`` (m, D), unit norm, holds the vectors of ``captions``; equal wordings have equal vectors.
     """
     first = {caption: row for row, caption in reversed(list(enumerate(captions)))}
     wordings = sorted(first, key=first.__getitem__)
@@ -268,31 +255,25 @@ def ranking_scores(ranking: NDArray, relevant: NDArray) -> dict[str, NDArray]:
 
 def retrieval(audio: ArrayLike, gallery: ArrayLike, gallery_clip: ArrayLike, weights: Weights = None,
               labels: Sequence[Iterable[str]] | None = None, exclude: ArrayLike | None = None) -> dict[str, NDArray]:
-    """``retrieval_scores``, weighted: the gallery stays whole, clips are weighted; name -> (R,) in 0..1."""
-    scores = retrieval_scores(audio, gallery, gallery_clip, labels, exclude)
-    return {name: weighted_mean(score, weights) for name, score in scores.items()}
-
-
-def retrieval_scores(audio: ArrayLike, gallery: ArrayLike, gallery_clip: ArrayLike,
-                     labels: Sequence[Iterable[str]] | None = None,
-                     exclude: ArrayLike | None = None) -> dict[str, NDArray]:
-    """Both directions; ``label_`` in front: captions (clips) with the same set of labels count as relevant too.
+    """Retrieval in both directions; the gallery stays whole, clips are weighted.
 
     Audio to text: clip i asks the whole gallery, hits are its own captions. Text to audio: each caption asks the n
-    clips, the hit is its own clip; a clip's score is the mean over its captions.
+    clips, the hit is its own clip; a clip's score is the mean over its captions. With ``label_`` in front, captions
+    (clips) with the same set of labels count as relevant too.
 
     Args:
         audio: (n, D) unit norm.
         gallery: (m, D) unit norm, all captions.
         gallery_clip: (m,) int, the clip of each caption.
+        weights: (R, n); the identity gives the score of each clip.
         labels: the set of labels of each clip, or None.
         exclude: (n,) int, a gallery row that clip i must not meet (in ``text_floor`` it *is* the vector), or None.
 
     Returns:
-        names of ``RETRIEVAL_METRICS`` (with ``label_`` only if labels are given) -> (n,) in 0..1; NaN: none relevant.
+        names of ``RETRIEVAL_METRICS`` (with ``label_`` only if labels are given) -> (R,) in 0..1; NaN: none relevant.
     """
     audio, gallery, gallery_clip = as_array(audio), as_array(gallery), np.asarray(gallery_clip)
-    n, clips = len(audio), np.arange(len(audio))
+    clips = np.arange(len(audio))
     relevant = {"": gallery_clip == clips[:, None]}
     if labels is not None:
         number = {members: i for i, members in enumerate(dict.fromkeys(map(frozenset, labels)))}
@@ -304,25 +285,23 @@ def retrieval_scores(audio: ArrayLike, gallery: ArrayLike, gallery_clip: ArrayLi
         for matrix in relevant.values():
             matrix[clips, exclude] = False
     found_texts, found_clips = (top_k(np.ascontiguousarray(x), 10) for x in (similarity, similarity.T))
-    values: dict[str, NDArray] = {}
+    scores: dict[str, NDArray] = {}
     for rule, matrix in relevant.items():
-        values |= {rule + name: score for name, score in ranking_scores(found_texts, matrix).items()}
-        for name, score in ranking_scores(found_clips, matrix.T).items():
-            asked = ~np.isnan(score)
-            if exclude is not None:
-                asked[exclude] = False
-            counts = np.bincount(gallery_clip[asked], minlength=n)
-            total = np.bincount(gallery_clip[asked], score[asked], minlength=n)
-            values["text_to_audio_" + rule + name] = np.where(counts > 0, total / np.maximum(counts, 1), np.nan)
-    return values
+        scores |= {rule + name: score for name, score in ranking_scores(found_texts, matrix).items()}
+        of_captions = pd.DataFrame(ranking_scores(found_clips, matrix.T))
+        if exclude is not None:
+            of_captions.loc[exclude] = np.nan
+        of_clips = of_captions.groupby(gallery_clip).mean().reindex(clips)
+        scores |= {f"text_to_audio_{rule}{name}": of_clips[name].to_numpy() for name in of_clips}
+    return {name: weighted_mean(score, weights) for name, score in scores.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- 9: topology
 def gram_correlation(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
     """Pearson correlation of cos(a_i, a_j) with cos(t_i, t_j) over i != j, in -1..1. [ours: what L_topo asks for]"""
-    audio, text = as_array(audio), as_array(text)
-    a, t, rows = audio @ audio.T, text @ text.T, weight_rows(weights, len(audio))
-    mean_a, mean_t = _mean_product(rows, audio, audio), _mean_product(rows, text, text)
+    audio, text, rows = prepared(weights, audio, text)
+    a, t = audio @ audio.T, text @ text.T
+    mean_a, mean_t = _pair_mean(rows, a), _pair_mean(rows, t)
     variances = (_pair_mean(rows, a * a) - mean_a**2) * (_pair_mean(rows, t * t) - mean_t**2)
     return (_pair_mean(rows, a * t) - mean_a * mean_t) / np.sqrt(variances)
 
@@ -333,26 +312,25 @@ def linear_cka(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> ND
     In Gram form, so that a weighting costs O(n^2): with K = A A^T, L = T T^T,
     ||A_c^T T_c||_F^2 = w'(K * L) w - 2 w'((K w) * (L w)) + (w'K w)(w'L w).
     """
-    k, l = (x @ x.T for x in (as_array(audio), as_array(text)))
-    rows = weight_rows(weights, len(k))
+    audio, text, rows = prepared(weights, audio, text)
+    k, l = audio @ audio.T, text @ text.T
 
     def hsic(x: NDArray, y: NDArray) -> NDArray:
-        rows_x, rows_y = rows @ x, rows @ y
-        crossed = np.einsum("ri,ri,ri->r", rows, rows_x, rows_y)
-        return _quadratic(rows, x * y) - 2 * crossed + (rows_x * rows).sum(1) * (rows_y * rows).sum(1)
+        crossed = np.einsum("ri,ri,ri->r", rows, rows @ x, rows @ y)
+        return _quadratic(rows, x * y) - 2 * crossed + _quadratic(rows, x) * _quadratic(rows, y)
 
     return hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
 
 
-def knn_overlap(audio: ArrayLike, text: ArrayLike, weights: Weights = None, k: int = 10) -> NDArray:
-    """sum_i w_i |N_k(a_i) & N_k(t_i)| / k, in 0..1; N_k: k nearest of one modality. [Huh et al., ICML 2024]"""
+def knn_overlap(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
+    """sum_i w_i |N(a_i) & N(t_i)| / 10, in 0..1; N: the ten nearest of one modality. [Huh et al., ICML 2024]"""
     audio, text = as_array(audio), as_array(text)
     member = np.zeros((2, len(audio), len(audio)), dtype=bool)
     for flags, x in zip(member, (audio, text), strict=True):
         similarity = x @ x.T
         np.fill_diagonal(similarity, -np.inf)
-        np.put_along_axis(flags, top_k(similarity, k), True, axis=1)
-    return weighted_mean((member[0] & member[1]).sum(1) / k, weights)
+        np.put_along_axis(flags, top_k(similarity, 10), True, axis=1)
+    return weighted_mean((member[0] & member[1]).sum(1) / 10, weights)
 
 
 def effective_rank(audio: ArrayLike, weights: Weights = None) -> NDArray:
@@ -371,11 +349,13 @@ def effective_rank(audio: ArrayLike, weights: Weights = None) -> NDArray:
 def gap_length(audio: ArrayLike, text: ArrayLike, weights: Weights = None, group_size: int = 100) -> NDArray:
     """Length of the mean gap of a group of pairs: sqrt(||g||^2 + tr S / group_size). [C3, ICLR 2024; our reading]
 
-    g = mean of a_i - t_i, S = their covariance. C3 shuffles the pairs once, averages the gap over groups of 100 and
-    looks at the lengths; this is their root mean square over all shuffles. A group of 1 gives the gap of single pairs,
-    a large one tends to ``centroid_gap``.
+    g = mean of a_i - t_i, S = their covariance. C3 shuffles the pairs once and looks at the lengths of the mean gaps
+    of groups of 100; this is the root mean square of those lengths over all shuffles.
     """
-    squared, spread = _mean_gap(audio, text, weights)
+    audio, text, rows = prepared(weights, audio, text)
+    gaps = audio - text
+    squared = ((rows @ gaps) ** 2).sum(1)
+    spread = np.maximum(rows @ (gaps**2).sum(1) - squared, 0)
     return np.sqrt(squared + spread / group_size)
 
 
@@ -385,16 +365,7 @@ def direction_consistency(audio: ArrayLike, text: ArrayLike, weights: Weights = 
 
     As a ratio of expectations, for groups as in ``gap_length``; near 1: the gap is one constant vector.
     """
-    squared, spread = _mean_gap(audio, text, weights)
-    return squared / (squared + spread / group_size)
-
-
-def _mean_gap(audio: ArrayLike, text: ArrayLike, weights: Weights) -> tuple[NDArray, NDArray]:
-    """||g||^2 and tr S of the gap vectors a_i - t_i; (R,) each."""
-    gaps = as_array(audio) - as_array(text)
-    rows = weight_rows(weights, len(gaps))
-    squared = ((rows @ gaps) ** 2).sum(1)
-    return squared, np.maximum(rows @ (gaps**2).sum(1) - squared, 0)
+    return (centroid_gap(audio, text, weights) / gap_length(audio, text, weights, group_size)) ** 2
 
 
 def orthogonality(audio: ArrayLike, text: ArrayLike, weights: Weights = None) -> NDArray:
@@ -402,8 +373,7 @@ def orthogonality(audio: ArrayLike, text: ArrayLike, weights: Weights = None) ->
 
     C3 plots the signed cosine of differences of audio vectors, whose mean is 0 by symmetry; its size can be compared.
     """
-    audio, text = as_array(audio), as_array(text)
-    rows = weight_rows(weights, len(audio))
+    audio, text, rows = prepared(weights, audio, text)
     mean, gap = rows @ audio, rows @ (audio - text)
     along = audio @ gap.T - (mean * gap).sum(1)
     length = np.sqrt(np.maximum((audio**2).sum(1)[:, None] - 2 * audio @ mean.T + (mean**2).sum(1), 1e-24))
@@ -439,16 +409,9 @@ PAIRED = (       # metrics of the two sets alone, function(audio, text, weights)
 
 def gap_metrics(audio_emb: ArrayLike, reference: Reference, weights: Weights = None,
                 only: Collection[str] | None = None) -> dict[str, NDArray]:
-    """All ten groups of one set of vectors.
+    """All metrics, or ``only`` some, of audio vectors (n, D), raw or mapped, unit norm, in the reference's space.
 
-    Args:
-        audio_emb: (n, D) raw or mapped audio vectors, unit norm, in the reference's space.
-        reference: the split's texts.
-        weights: (R, n) clip weightings, or None for the value itself.
-        only: the metrics to compute; None takes all.
-
-    Returns:
-        metric -> (R,) float64; NaN where ``not_computed_reason`` says why.
+    Returns metric -> (R,) float64; NaN where ``not_computed_reason`` says why.
     """
     with np.errstate(divide="ignore", invalid="ignore"):      # a degenerate weighting or set of vectors gives NaN
         return {name: metric(weights) for name, metric in gap_functions(audio_emb, reference, only).items()}
@@ -473,7 +436,7 @@ def gap_functions(audio_emb: ArrayLike, reference: Reference,
     wanted = {*functions, *RETRIEVAL_METRICS} if only is None else set(only)
     if wanted & set(RETRIEVAL_METRICS):
         gallery, of_clip = reference.gallery, reference.gallery_clip
-        ranked = retrieval_scores(audio, gallery, of_clip, reference.labels, reference.exclude)
+        ranked = retrieval(audio, gallery, of_clip, np.eye(n), reference.labels, reference.exclude)
         functions |= {name: partial(weighted_mean, score) for name, score in ranked.items()}
     if n >= MIN_ITEMS and wanted & {"separability_accuracy", "separability_auc"}:
         functions |= separability_functions(audio, text)

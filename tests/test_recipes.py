@@ -48,7 +48,7 @@ from dl.captioner_train import learning_rate as captioner_learning_rate
 from dl.clap import MINI_FOLDER, ClapEncoder, Embeddings
 from dl.config import BridgeConfig, get_profile
 from dl.data import check_waveform, load_split
-from dl.gap import gap_length, gap_metrics, separability
+from dl.gap import gap_length, gap_metrics, separability_functions
 from dl.mini_clap import MiniClap, MiniClapBackend
 from dl.peers import REGISTRY, build, centre, uncentre
 from dl.scheduler import BETA_SCHEDULES, DDIMScheduler, ddim_sample
@@ -343,7 +343,7 @@ def gap_values() -> Values:
     out |= {f"weighted, {metric}": numbers(value) for metric, value in gap_metrics(raw, reference, weights).items()}
     out["bandwidths"] = numbers(reference.bandwidth, centred.bandwidth)
     out["other settings"] = numbers(gap_length(raw, reference.text, group_size=1),
-        *separability(raw, reference.text, seed=1).values())
+        *(metric() for metric in separability_functions(raw, reference.text, seed=1).values()))
     draws = make_draws(clusters, 60)
     runs = [(seed, k, F.normalize(shifted + 0.1 * normal(50 + 10 * seed + k, 60, D), dim=1).numpy())
         for seed in (0, 1) for k in (0, 1)]
