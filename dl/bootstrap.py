@@ -118,7 +118,7 @@ class SystemScores:
 
 def score_system(system: str, mapped: Iterable[tuple[int, int, ArrayLike]], reference: Reference, draws: Draws,
                  mask: NDArray | None = None, heavy_samples: int = HEAVY_SAMPLES) -> SystemScores:
-    """All gap metrics, with intervals, of (seed, noise_seed, (n, D) unit-norm vectors) of each run; see ``score_clips``.
+    """All gap metrics, with intervals, of each run (seed, noise_seed, (n, D) unit-norm vectors); see ``score_clips``.
 
     Example:
         >>> raw = score_system("raw", [(0, 0, audio)], make_reference(embeddings), make_draws(split.clusters))
@@ -192,7 +192,7 @@ def paired_difference(system: SystemScores, baseline: SystemScores, relative: bo
         ValueError: the two were scored on different draws or clips.
     """
     def minus(ours: Any, theirs: Any) -> Any:
-        return (ours - theirs) / theirs if relative else ours - theirs
+        return np.divide(ours - theirs, theirs) if relative else ours - theirs
 
     rows = []
     for metric in sorted(system.points.keys() & baseline.points.keys()):

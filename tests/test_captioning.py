@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dl import experiments as captioning
-from dl.caption_metrics import read_candidates
+from dl.caption_metrics import candidates_column
 from dl.captioner import LLMCaptioner
 from dl.clap import Embeddings
 from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
@@ -291,9 +291,10 @@ def test_a_setting_replaces_its_rows_and_files_and_no_others(profile, no_java):
     results = score_and_record(profile, "zero_shot", {seed: {row: [f"{t} {seed}" for t in texts[row]] for row in rows} for seed in (0, 1)}, test, split)
     assert sorted(path.name for path in folder.iterdir()) == [
         "supervised.csv", "zero_shot-disjoint.csv", "zero_shot.csv"]
-    clip_ids, runs, references = read_candidates(folder / "zero_shot.csv")
-    assert clip_ids == test.clip_ids and references == split.captions
-    assert runs == {(row.system, row.space): [(seed, 0, [f"{row.system} says {i} {seed}" for i in range(12)]) for seed in (0, 1)] for row in rows}
+    written = pd.read_csv(folder / "zero_shot.csv")
+    assert list(written.clip_id) == test.clip_ids and list(written.caption_1) == [texts[0] for texts in split.captions]
+    said = {candidates_column(row.system, row.space, seed): [f"{row.system} says {i} {seed}" for i in range(12)] for row in rows for seed in (0, 1)}
+    assert written[list(said)].to_dict("list") == said
     assert set(results.clips) == {("raw", "text"), ("diffusion_link", "text"), ("c3", "centred")}
     frame = MetricsFile(profile).frame()
     mine = frame[(frame.experiment == "zero_shot") & (frame.metric == "sbert_sim") & (frame.split == "test")]

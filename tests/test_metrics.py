@@ -213,18 +213,12 @@ def test_text_floor_does_not_meet_itself():
     reference = make_reference(embeddings)
     assert np.array_equal(reference.text, embeddings.first_text.numpy())
     vectors, masked = text_floor(embeddings, reference)
-    assert np.array_equal(vectors, embeddings.kth_text(1).numpy())
-    assert masked.exclude.tolist() == list(range(1, 150, 5))
+    assert np.array_equal(vectors, embeddings.kth_text(1).numpy()) and masked.exclude.tolist() == [*range(1, 150, 5)]
     met, apart = (gap_metrics(vectors, which) for which in (reference, masked))
     assert met["recall_at_1"] == 1 and apart["map_at_10"] < met["map_at_10"]
     rows = np.delete(np.arange(150), masked.exclude)
     lone = retrieval(vectors, reference.gallery[rows], reference.gallery_clip[rows])
-    for name in ("text_to_audio_recall_at_1", "text_to_audio_map_at_10"):
-        assert apart[name] == pytest.approx(lone[name]), "in this direction the masked caption does not ask"
-    # clip 0 finds both captions of clip 1 before its second one, clip 1 one caption of clip 0
-    gallery_by_hand = unit(np.array([[1.0, 0.0], [0.1, 1.0], [1.0, 0.1], [0.2, 1.0]]))
-    by_hand = retrieval(np.eye(2), gallery_by_hand, [0, 0, 1, 1], exclude=[0, 2])
-    assert by_hand["map_at_10"] == pytest.approx([(1 / 3 + 1 / 2) / 2])
+    assert apart["text_to_audio_map_at_10"] == pytest.approx(lone["text_to_audio_map_at_10"]), "it does not ask"
     centred = make_reference(embeddings, means=(embeddings.audio.mean(0), gallery.mean(0)))
     assert np.allclose(centred.gallery, unit(gallery.numpy() - gallery.mean(0).numpy()), atol=1e-6)
     with pytest.raises(ValueError, match=r"clip 0 has 1 captions, caption 2 is asked for"):
@@ -260,15 +254,9 @@ def test_identical_sets_have_no_gap():
 
 def test_a_part_of_the_metrics_has_the_values_of_the_whole():
     audio, text = clouds(50)
-    reference, draws, mask = reference_of(text), draws_of(50, 60, share=2), np.arange(50) < 30
-    for only in (("rmg", "recall_at_10", "effective_rank"), ("separability_auc",), ("mmd2",)):
-        part = gap_functions(audio, reference, only)
-        whole = {metric: gap_functions(audio, reference)[metric] for metric in only}
-        assert set(part) == set(only)
-        scores = [score_clips("raw", [(0, 0, functions)], draws, mask, heavy_samples=0) for functions in (part, whole)]
-        for metric in only:
-            assert scores[0].points[metric] == scores[1].points[metric]
-            assert np.array_equal(scores[0].replicates[metric], scores[1].replicates[metric], equal_nan=True)
+    reference, only = reference_of(text), ("rmg", "recall_at_10", "effective_rank", "separability_auc", "mmd2")
+    part, whole = (gap_metrics(audio, reference, only=names) for names in (only, None))
+    assert part == {metric: whole[metric] for metric in only}
     with pytest.raises(ValueError, match="no gap metric is called share_toward_text: choose among pair_cosine"):
         gap_functions(audio, reference, ("rmg", "share_toward_text"))
 
@@ -332,16 +320,6 @@ def test_mask_scores_a_subset_against_the_whole_gallery():
     ranked = retrieval(audio, reference.gallery, reference.gallery_clip, mask[None].astype(float))
     assert scores.n_items == 30 and scores.points["rmg"] == pytest.approx(metrics.rmg(audio[:30], text[:30]))
     assert scores.points["recall_at_1"] == pytest.approx(ranked["recall_at_1"])
-
-
-def test_heavy_metrics_do_not_depend_on_the_number_of_threads(monkeypatch):
-    audio, text = clouds(40)
-    weights, values = draws_of(40, 30).cluster, {}
-    for threads in (1, 3):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        values[threads] = metrics.frechet_distance(audio, text, weights), metrics.effective_rank(audio, weights)
-    assert np.array_equal(values[1], values[3]) and np.isfinite(values[1]).all()
-    assert values[1][1][7] == metrics.effective_rank(audio, weights[7])[0], "in the order of the weightings"
 
 
 def test_paired_difference_cancels_what_two_systems_share():
