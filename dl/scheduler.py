@@ -5,7 +5,7 @@ Notation (<variable name> -> <name in the papers>)
     sample                                 -> x^k: the embedding at noise level k
     timestep                               -> k in 0..T-1, T = num_train_timesteps
     betas, alphas                          -> beta_k, alpha_k = 1 - beta_k
-    alphas_cumprod, alpha_prod_t           -> abar_k = product of alpha_0 .. alpha_k (1 is clean, 0 is pure noise)
+    alphas_cumprod, alpha_prod_t           -> abar_k = alpha_0 ... alpha_k (1 is clean, 0 is pure noise)
     beta_prod_t                            -> 1 - abar_k, the variance of the noise at level k
     noise, pred_epsilon                    -> eps ~ N(0, I), and the noise that the prediction implies
     start_timestep                         -> k*, the level at which the sampler enters
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -26,22 +25,11 @@ from torch import Tensor
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 
 
-@dataclass
-class DDIMSchedulerOutput:
-    """What one reverse step gives: the sample at the next lower level, and the clean embedding it was made from."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
 def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
-    """The variances beta_0 .. beta_{T-1}, (T,) float32, operation by operation as diffusers computes them.
+    """The variances beta_0 .. beta_{T-1}, (T,) float32, computed exactly as diffusers does.
 
-    Args:
-        beta_schedule: "scaled_linear" (linear in sqrt(beta)) [SEED], "linear" (Ho et al. 2020), or "squaredcos_cap_v2"
-            (Nichol & Dhariwal 2021; it ignores beta_start and beta_end) [peer: Diffusion Bridge].
-        num_train_timesteps: T >= 1.
-        beta_start, beta_end: the first and the last beta, in (0, 1).
+    ``beta_schedule`` is "scaled_linear" (linear in sqrt(beta)) [SEED], "linear" (Ho et al. 2020), or
+    "squaredcos_cap_v2" (Nichol & Dhariwal 2021; it ignores beta_start and beta_end) [peer: Diffusion Bridge].
 
     Raises:
         ValueError: unknown schedule, T < 1, or betas outside (0, 1).
@@ -65,16 +53,8 @@ class DDIMScheduler:
     """Forward noising (DDPM) and the deterministic reverse step (DDIM, eta = 0) for a network that predicts x^0.
 
     Equal to diffusers' DDPMScheduler.add_noise and DDIMScheduler.step with ``prediction_type="sample"``,
-    ``clip_sample=False``, ``set_alpha_to_one=True``; only the choice of inference timesteps is ours.
-
-    Args:
-        num_train_timesteps: T [SEED: 1000].
-        beta_start, beta_end: ends of the schedule [SEED: 1e-4, 0.02].
-        beta_schedule: see ``make_betas`` [SEED: "scaled_linear"].
-
-    Attributes:
-        betas, alphas, alphas_cumprod: (T,) float32.
-        timesteps: (n,) int64, decreasing, set by ``set_timesteps``.
+    ``clip_sample=False``, ``set_alpha_to_one=True``; only the choice of inference timesteps is ours. The defaults are
+    SEED's, the schedules those of ``make_betas``. ``betas``, ``alphas`` and ``alphas_cumprod`` are (T,) float32.
 
     Example:
         >>> round(float(DDIMScheduler().alphas_cumprod[500]), 4)
@@ -87,20 +67,14 @@ class DDIMScheduler:
         self.betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self.final_alpha_cumprod = torch.tensor(1.0)
-        self.timesteps = torch.empty(0, dtype=torch.int64)
 
     def inference_timesteps(self, start_timestep: int, num_inference_steps: int) -> Tensor:
         """The levels k* = k_1 > .. > k_n at which the network is asked: round(linspace(k*, 0, n + 1))[:-1] [ours].
 
-        (n,) int64. After the last of them the sampler goes to abar = 1, the clean embedding.
-
-        Args:
-            start_timestep: k* in 0..T-1.
-            num_inference_steps: n in 1..k* (k* = 0 takes n = 1).
+        Returns (n,) int64. From the last of them the sampler goes to abar = 1, the clean embedding.
 
         Raises:
-            ValueError: k* or n out of range.
+            ValueError: k* outside 0..T-1, or n outside 1..k* (k* = 0 takes n = 1).
 
         Example:
             >>> DDIMScheduler().inference_timesteps(50, 5).tolist()
@@ -116,24 +90,15 @@ class DDIMScheduler:
         levels = torch.linspace(start_timestep, 0, num_inference_steps + 1, dtype=torch.float64)
         return levels.round().long()[:-1]
 
-    def set_timesteps(self, start_timestep: int, num_inference_steps: int) -> None:
-        """Store ``inference_timesteps(...)`` in ``timesteps``, as diffusers' loops expect."""
-        self.timesteps = self.inference_timesteps(start_timestep, num_inference_steps)
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x^k = sqrt(abar_k) x + sqrt(1 - abar_k) eps: formula (4) of DDPM, one level for each row.
+        """x^k = sqrt(abar_k) x + sqrt(1 - abar_k) eps: formula (4) of DDPM.
 
-        Args:
-            original_samples: x, (B, D) float, on the scale of unit variance per coordinate.
-            noise: eps, (B, D), same dtype.
-            timesteps: k, (B,) or (1,) int64 in 0..T-1.
-
-        Returns:
-            x^k, (B, D), dtype and device of ``original_samples``.
+        x and eps are (B, D) float with coordinates of about unit variance; k is int64 in 0..T-1, (B,) or (1,) for one
+        level that all rows share. Returns (B, D), dtype and device of x.
         """
         self.alphas_cumprod = self.alphas_cumprod.to(original_samples.device)
         alphas_cumprod = self.alphas_cumprod.to(original_samples.dtype)
-        alpha_prod_t = alphas_cumprod[timesteps.to(original_samples.device)].unsqueeze(-1)      # (B or 1, 1)
+        alpha_prod_t = alphas_cumprod[timesteps.to(original_samples.device)].unsqueeze(-1)  # (B or 1, 1)
         return alpha_prod_t**0.5 * original_samples + (1 - alpha_prod_t) ** 0.5 * noise
 
     def snr(self, timesteps: Tensor) -> Tensor:
@@ -141,45 +106,34 @@ class DDIMScheduler:
         alpha_prod_t = self.alphas_cumprod.to(timesteps.device)[timesteps]
         return alpha_prod_t / (1 - alpha_prod_t)
 
-    def step(self, model_output: Tensor, timestep: int, sample: Tensor,
-             prev_timestep: int | None = None) -> DDIMSchedulerOutput:
-        """One reverse step from level k to the next lower level: formula (12) of DDIM with eta = 0.
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor, prev_timestep: int) -> Tensor:
+        """One reverse step from level k to a lower level: formula (12) of DDIM with eta = 0.
 
         Args:
-            model_output: the network's x^0, (B, D).
+            model_output: the network's prediction of x^0, (B, D).
             timestep: k, the level of ``sample``.
             sample: x^k, (B, D).
-            prev_timestep: the level to go to, below k; -1 is the clean embedding (abar = 1). None takes the one that
-                follows k in ``timesteps``.
+            prev_timestep: the level to go to, below k; -1 is the clean embedding (abar = 1).
 
-        Raises:
-            ValueError: prev_timestep is None and k is not among ``timesteps``.
+        Returns:
+            The sample at the lower level, (B, D).
         """
-        # 1. the level to go to
-        timestep = int(timestep)
-        if prev_timestep is None:
-            planned = self.timesteps.tolist()
-            if timestep not in planned:
-                raise ValueError(f"timestep {timestep} is not among the planned {planned}: call set_timesteps first")
-            prev_timestep = [*planned, -1][planned.index(timestep) + 1]
-
-        # 2. abar at both levels
+        # 1. abar at both levels
         alpha_prod_t = self.alphas_cumprod[timestep]
-        alpha_prod_t_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
+        alpha_prod_t_prev = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else torch.ones_like(alpha_prod_t)
         beta_prod_t = 1 - alpha_prod_t
 
-        # 3. "predicted x_0" of formula (12): the network gives it directly
+        # 2. "predicted x_0" of formula (12): the network gives it directly
         pred_original_sample = model_output
 
-        # 4. the noise this prediction implies: formula (4) of DDPM solved for eps
+        # 3. the noise that this prediction implies: formula (4) of DDPM solved for eps
         pred_epsilon = (sample - alpha_prod_t**0.5 * pred_original_sample) / beta_prod_t**0.5
 
-        # 5. "direction pointing to x_t" of formula (12), with sigma_t = 0
+        # 4. "direction pointing to x_t" of formula (12), with sigma_t = 0
         pred_sample_direction = (1 - alpha_prod_t_prev) ** 0.5 * pred_epsilon
 
-        # 6. x at the lower level, formula (12) without random noise
-        prev_sample = alpha_prod_t_prev**0.5 * pred_original_sample + pred_sample_direction
-        return DDIMSchedulerOutput(prev_sample, pred_original_sample)
+        # 5. x at the lower level, formula (12) without random noise
+        return alpha_prod_t_prev**0.5 * pred_original_sample + pred_sample_direction
 
 
 def standard_normal(shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -193,8 +147,8 @@ def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], scheduler: DDIMSchedu
                 callback: Callable[[int, Tensor], None] | None = None) -> Tensor:
     """Take ``sample`` from level timesteps[0] to the clean embedding, one network call for each timestep.
 
-    A pure function: it draws no random number and changes none of its arguments. With one timestep it returns the
-    network's x^0 prediction unchanged.
+    It draws no random number and changes none of its arguments. With one timestep it returns the network's prediction
+    of x^0.
 
     Args:
         model: (sample (B, D), timestep () int64) -> prediction of x^0 (B, D).
@@ -202,7 +156,7 @@ def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], scheduler: DDIMSchedu
         sample: x^{k*}, (B, D).
         timesteps: (n,) int64, decreasing, from ``inference_timesteps``.
         project: applied to the sample before each network call (the Diffusion Bridge renormalises it), or None.
-        callback: called as callback(i, sample), i = 0 for the entering sample and i = 1..n after each step.
+        callback: called as callback(i, sample): i = 0 for the entering sample, then i = 1..n after each step.
 
     Returns:
         x^0, (B, D), on the scale of ``sample``.
@@ -218,7 +172,7 @@ def ddim_sample(model: Callable[[Tensor, Tensor], Tensor], scheduler: DDIMSchedu
         if project is not None:
             sample = project(sample)
         model_output = model(sample, torch.tensor(timestep, device=sample.device))
-        sample = scheduler.step(model_output, timestep, sample, prev_timestep).prev_sample
+        sample = scheduler.step(model_output, timestep, sample, prev_timestep)
         if callback is not None:
             callback(i + 1, sample)
     return sample

@@ -163,11 +163,10 @@ def bridge_values() -> Values:
             scheduler.add_noise(x, noise, levels[2:3]))
         for k, n in ((0, 1), (50, 1), (50, 5), (600, 5), (999, 10), (7, 7)):
             steps = scheduler.inference_timesteps(k, n)
-            scheduler.set_timesteps(k, n)
-            taken = scheduler.step(noise, k, x)
+            taken = scheduler.step(noise, k, x, int(steps[1]) if n > 1 else -1)
             walked = [ddim_sample(lambda sample, k: 0.5 * sample + (k + 1) / 1000, scheduler, x, steps, project)
                       for project in (None, lambda sample: 5 * F.normalize(sample, dim=-1))]
-            out[f"ddim {schedule} {k} {n}"] = numbers(steps) + brief(taken.prev_sample, *walked)
+            out[f"ddim {schedule} {k} {n}"] = numbers(steps) + brief(taken, *walked)
     out["betas of 10 levels"] = numbers(DDIMScheduler(10, 0.01, 0.3, "linear").betas)
     out["timestep_embedding"] = brief(timestep_embedding(levels, 8))
     out["unit_rows"] = brief(unit_rows(x, D, "x"))

@@ -1,6 +1,8 @@
 """The noise schedule and the DDIM sampler against diffusers, a float64 reference, and exact identities."""
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -30,17 +32,15 @@ def test_every_step_equals_diffusers_where_the_spacing_agrees(beta_schedule):
     theirs = DiffusersDDIM(**ORACLE, beta_schedule=beta_schedule, set_alpha_to_one=True)
     ours = DDIMScheduler(beta_schedule=beta_schedule)
     theirs.set_timesteps(10)  # 900, 800 .. 0: each step goes 100 down
-    ours.set_timesteps(900, 9)  # 900, 800 .. 100, then abar = 1
-    assert ours.timesteps.tolist() == theirs.timesteps.tolist()[:-1]
+    timesteps = ours.inference_timesteps(900, 9).tolist()  # 900, 800 .. 100, then abar = 1
+    assert timesteps == theirs.timesteps.tolist()[:-1]
     sample = rows(2)
-    for timestep in ours.timesteps.tolist():
-        if timestep == 100:
+    for timestep, prev_timestep in pairwise([*timesteps, -1]):
+        if prev_timestep == -1:
             theirs.set_timesteps(1)  # one step from anywhere: the one that goes to abar = 1
-        given = rows(timestep), timestep, sample
-        mine, reference = ours.step(*given), theirs.step(*given)
-        torch.testing.assert_close(mine.prev_sample, reference.prev_sample, rtol=0, atol=1e-6)
-        assert torch.equal(mine.pred_original_sample, reference.pred_original_sample)
-        sample = mine.prev_sample
+        reference = theirs.step(rows(timestep), timestep, sample).prev_sample
+        sample = ours.step(rows(timestep), timestep, sample, prev_timestep)
+        torch.testing.assert_close(sample, reference, rtol=0, atol=1e-6)
 
 
 def test_sampler_stays_within_a_thousandth_of_a_float64_reference():
@@ -66,7 +66,7 @@ def test_perfect_predictor_walks_back_along_the_forward_process(start_timestep, 
     start = scheduler.add_noise(x, noise, timesteps[:1])
     before = start.clone()
     clean = ddim_sample(lambda sample, k: x, scheduler, start, timesteps, callback=lambda i, at: seen.append(at))
-    assert torch.equal(start, before) and len(scheduler.timesteps) == 0, "the sampler changes none of its arguments"
+    assert torch.equal(start, before), "the sampler changes none of its arguments"
     assert len(seen) == n + 1 and (start - x).abs().max() > 1e-3
     for level, sample in zip(timesteps, seen, strict=False):
         torch.testing.assert_close(sample, scheduler.add_noise(x, noise, level[None]), rtol=0, atol=1e-4)
@@ -78,26 +78,20 @@ def test_inference_timesteps():
     assert scheduler.inference_timesteps(600, 5).tolist() == [600, 480, 360, 240, 120]
     assert scheduler.inference_timesteps(50, 3).tolist() == [50, 33, 17]  # 16.67 is rounded, not cut
     assert scheduler.inference_timesteps(0, 1).tolist() == [0]
-    for start_timestep in (1, 2, 3, 7, 25, 50, 99, 600):
+    for start_timestep in (1, 7, 50, 600):
         for n in range(1, start_timestep + 1):
             timesteps = scheduler.inference_timesteps(start_timestep, n)
             assert len(timesteps) == n and timesteps[0] == start_timestep and timesteps[-1] >= 1
             assert (timesteps.diff() < 0).all()
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda s: s.inference_timesteps(-1, 1), "choose 0 to 999"),
-    (lambda s: s.inference_timesteps(1000, 1), "choose 0 to 999"),
-    (lambda s: s.inference_timesteps(50, 0), "choose 1 to 50"),
-    (lambda s: s.inference_timesteps(0, 2), "choose 1 to 1"),
-    (lambda s: s.step(rows(0), 45, rows(0)), "45 is not among the planned"),
-    (lambda s: DDIMScheduler(beta_schedule="sigmoid"), "choose one of scaled_linear"),
-    (lambda s: DDIMScheduler(beta_end=1.5), "need 0 < beta_start"),
-    (lambda s: DDIMScheduler(num_train_timesteps=0), "at least 1"),
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"beta_schedule": "sigmoid"}, "choose one of scaled_linear"), ({"beta_end": 1.5}, "need 0 < beta_start"),
+    ({"num_train_timesteps": 0}, "at least 1"),
 ])
-def test_bad_values_raise(call, message):
+def test_bad_schedules_raise(settings, message):
     with pytest.raises(ValueError, match=message):
-        call(DDIMScheduler())
+        DDIMScheduler(**settings)
 
 
 def test_sampler_projects_before_each_call():
