@@ -14,6 +14,7 @@ import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,13 +48,12 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 def unit_rows(embeddings: Tensor, embed_dim: int | None, name: str) -> Tensor:
-    """Check embeddings (B, D) and divide each row by its norm, (B, D) float32 without gradient.
+    """Check embeddings (B, D) and divide each row by its norm: (B, D) float32 without gradient.
 
-    Rows of unit norm (to 1e-5) stay as they are, bit for bit. ``embed_dim`` None takes any width; ``name`` is what an
-    error message calls the embeddings.
+    Rows of unit norm (to 1e-5) stay as they are, bit for bit. ``embed_dim`` None takes any width.
 
     Raises:
-        ValueError: not a tensor of two dimensions, another width, NaN or infinity, a zero row.
+        ValueError: not a tensor of two dimensions, another width, NaN or infinity, a zero row; it calls them ``name``.
     """
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
         shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
@@ -111,14 +111,8 @@ class BridgeNetwork(nn.Module):
 
     Linear D -> W = width_factor D; blocks; LayerNorm -> SiLU -> Linear W -> D that starts at zero, so that the output
     at initialisation is exactly 0. Three blocks: [paper]; the rest: [SEED]. At D = 512: 9,725,440 parameters.
-
-    Args:
-        embed_dim: D, the encoder's embedding dimension.
-        num_blocks: residual blocks [paper: 3].
-        width_factor: W / D [SEED: 2].
-        dropout: inside the blocks, probability in [0, 1) [ours: 0.1].
-        condition_dim: width of a vector that ``forward`` takes beside the sample; 0 for the bridge. The conditional
-            diffusion peer passes the audio embedding here.
+    ``condition_dim`` is the width of a vector that ``forward`` takes beside the sample; the bridge has none, the
+    conditional diffusion peer passes the audio embedding.
 
     Example:
         >>> BridgeNetwork(512)(torch.zeros(4, 512), torch.tensor(50)).shape
@@ -137,15 +131,15 @@ class BridgeNetwork(nn.Module):
         self.output = zero_linear(width, embed_dim)
 
     def forward(self, sample: Tensor, timestep: Tensor | int, condition: Tensor | None = None) -> Tensor:
-        """Predict x_t from the noised embedding x^k and its level k.
+        """Predict the clean, scaled text embedding x_t from the noised embedding x^k and its level k.
 
         Args:
             sample: x^k, (B, D) float32, coordinates of about unit variance.
-            timestep: k, int64, (B,) for one level each, or () for one level that all rows share (computed once).
+            timestep: k, int64, (B,) for one level each, or () for one level that all rows share.
             condition: (B, condition_dim), only for a network that was built with one.
 
         Returns:
-            (B, D) float32, the prediction of the clean, scaled text embedding x_t.
+            (B, D) float32.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # (B,) or (1,)
         time_emb = self.time_mlp(timestep_embedding(timestep, 2 * self.embed_dim))  # (B or 1, 2D) -> (B or 1, D)
@@ -163,17 +157,15 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
 
     a -> x_a = s a -> x^{k*} = sqrt(abar_{k*}) x_a + sqrt(1 - abar_{k*}) eps -> f in n DDIM steps -> L2-normalise. With
     n = 1 the network's prediction is the answer [SEED: k* = 50, one step]; n > 1 is DDIM with eta = 0 [ours]. k* = 0
-    still noises (abar_0 = .9999) and still maps.
+    still noises (abar_0 = .9999) and still maps. See ``BridgeNetwork`` and ``DDIMScheduler`` for their fields.
 
     Args:
         embed_dim: D.
-        num_blocks, width_factor, dropout: see ``BridgeNetwork``.
-        num_train_timesteps, beta_start, beta_end, beta_schedule: see ``DDIMScheduler``.
         scale: s > 0; None takes sqrt(D). Stored with the weights (buffer ``scale``); loading takes the stored value.
         start_timestep, num_inference_steps, add_noise: defaults of a call.
 
     Raises:
-        ValueError: a value out of its range, said in one line.
+        ValueError: a value out of its range.
 
     Example:
         >>> bridge = DiffusionLink(embed_dim=256)
@@ -247,10 +239,10 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         return (bridged_emb, torch.stack(trajectory)) if return_trajectory else bridged_emb
 
     def save_pretrained(self, save_directory: str | Path, *, dtype: torch.dtype = torch.float32,
-                        **kwargs) -> str | None:
+                        **kwargs: Any) -> str | None:
         """Write model.safetensors, config.json and a model card; each file appears whole or not at all.
 
-        ``dtype`` is that of the stored network; torch.float16 halves the file, and a loaded bridge is float32 again.
+        The network is stored in ``dtype``: torch.float16 halves the file, and a loaded bridge is float32 again.
         ``kwargs`` go to huggingface_hub's ``save_pretrained`` (``repo_id``, ``push_to_hub``, ...).
         """
         stored = copy.deepcopy(self)
@@ -265,7 +257,7 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         return url
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> DiffusionLink:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> DiffusionLink:
         """Load a bridge from a folder or a hub repository, in float32 and evaluation mode; every weight must be there.
 
         Raises:
@@ -284,7 +276,7 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
             raise ValueError(f"the bridge in {path} is damaged ({why}): copy or train it again") from error
 
     @classmethod
-    def _from_pretrained(cls, *, config: dict | None = None, **kwargs) -> DiffusionLink:
+    def _from_pretrained(cls, *, config: dict | None = None, **kwargs: Any) -> DiffusionLink:
         """The mixin's loader, made strict about weights and config fields, and silent on stdout."""
         if unknown := set(config or {}) - set(cls._hub_mixin_init_parameters):
             raise ValueError(f"{kwargs.get('model_id')}/config.json has unknown fields {sorted(unknown)}: "
@@ -293,15 +285,10 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
             return super()._from_pretrained(**{**kwargs, "strict": True})
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
 def prediction_loss(prediction: Tensor, target: Tensor, loss: str = "l1") -> Tensor:
-    """Mean over rows and coordinates of |f - x_t| ("l1" [SEED]) or of (f - x_t)^2 ("l2").
+    """Mean over rows and coordinates of |f - x_t| ("l1" [SEED]) or of (f - x_t)^2 ("l2"); (B, D) twice -> () float.
 
-    L_cross where the prediction was made from audio (name: paper~, form: SEED), L_self where it was made from text
-    [SEED]. (B, D), (B, D) on the scale of x -> () float.
-
-    Raises:
-        ValueError: another loss.
+    From audio it is L_cross (name: paper~, form: SEED), from text L_self [SEED].
     """
     if loss not in ("l1", "l2"):
         raise ValueError(f"unknown loss {loss!r}: choose l1 or l2")
@@ -317,10 +304,7 @@ def topology_loss(prediction: Tensor, target: Tensor, form: str = "gram", temper
         cross_gram  mean (cos(f_i, t_j) - g_ij)^2
         distance    mean (||f_i - f_j|| - ||t_i - t_j||)^2 of the unit vectors
 
-    Args:
-        prediction, target: f and t, (B, D) of any norm, B >= 2.
-        form: one of TOPOLOGY_FORMS.
-        temperature: tau > 0 of softmax_kl [ours: 0.1].
+    f and t are (B, D) of any norm, B >= 2; ``temperature`` is tau > 0 [ours: 0.1]. Returns () float.
 
     Raises:
         ValueError: unknown form, or fewer than two rows.
@@ -333,8 +317,9 @@ def topology_loss(prediction: Tensor, target: Tensor, form: str = "gram", temper
     f, t = F.normalize(prediction, dim=-1, eps=1e-6), F.normalize(target, dim=-1)  # (B, D); f starts at 0, hence eps
     gram = t @ t.T  # (B, B)
     if form == "softmax_kl":
-        wanted = F.log_softmax(_off_diagonal(gram) / temperature, dim=-1)  # (B, B-1)
-        found = F.log_softmax(_off_diagonal(f @ f.T) / temperature, dim=-1)  # (B, B-1)
+        others = ~torch.eye(len(f), dtype=torch.bool, device=f.device)  # the pairs i != j
+        wanted, found = (F.log_softmax(cosine[others].view(len(f), -1) / temperature, dim=-1)
+                         for cosine in (gram, f @ f.T))  # (B, B-1)
         return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
     if form == "distance":
         difference = _distance(f @ f.T) - _distance(gram)  # (B, B)
@@ -349,12 +334,6 @@ def _distance(cosine: Tensor) -> Tensor:
     return (2 - 2 * cosine).clamp_min(1e-6).sqrt()
 
 
-def _off_diagonal(square: Tensor) -> Tensor:
-    """The entries i != j of a (B, B) matrix, row by row: (B, B-1)."""
-    size = len(square)
-    return square.flatten()[1:].view(size - 1, size + 1)[:, :-1].reshape(size, size - 1)
-
-
 def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor,
                     config: BridgeConfig) -> dict[str, Tensor]:
     """L = L_cross + w L_self + lambda L_topo: loss, loss_cross, loss_self, loss_topology, () float each.
@@ -363,9 +342,9 @@ def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor
 
     Args:
         from_audio: f(x_a^k, k), (B, D).
-        from_text: f(x_t^k', k'), (B, D), or None where the text rows were left out (self_weight 0).
+        from_text: f(x_t^k', k'), (B, D), or None where the text rows are left out.
         target: x_t, (B, D).
-        config: its loss, self_weight, topology_weight and topology_form.
+        config: loss, self_weight, topology_weight and topology_form.
     """
     # DEVIATION(prediction-losses): only their names are known to us; L1, equal weights and the self term follow SEED.
     zero = target.new_zeros(())
@@ -386,18 +365,9 @@ def bridge_losses(network: nn.Module, scheduler: DDIMScheduler, x_audio: Tensor,
                   generator: torch.Generator) -> dict[str, Tensor]:
     """The losses of one batch of pairs: noise both members (paper~), predict the clean text from each, in one pass.
 
-    x^k = sqrt(abar_k) x + sqrt(1 - abar_k) eps, k uniform in 0..T-1; eps and k are drawn apart for the audio row and
-    for the text row of a pair. With self_weight 0 the text rows are left out.
-
-    Args:
-        network: f.
-        scheduler: gives abar.
-        x_audio, x_text: paired, scaled embeddings, (B, D) float32.
-        config: the loss fields.
-        generator: source of eps and k.
-
-    Returns:
-        as ``combined_losses``.
+    ``x_audio`` and ``x_text`` are paired, scaled embeddings, (B, D) float32. k is uniform in 0..T-1; the audio row and
+    the text row of a pair get an eps and a k of their own, all from ``generator``. With self_weight 0 the text rows
+    are left out. Returns the losses of ``combined_losses``.
     """
     x = torch.cat([x_audio, x_text]) if config.self_weight else x_audio  # (2B or B, D)
     noise = standard_normal(x.shape, generator, x.device)  # (2B, D)

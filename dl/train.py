@@ -1,9 +1,7 @@
-"""Training: an exponential moving average, a sampler of pairs, and one resumable loop for the bridge and its trained peers.
+"""Training: a moving average of the weights, a sampler of pairs, and one resumable loop.
 
-``fit`` is the loop; it knows a network and a function that gives a step's losses, nothing of audio or text. ``train_bridge``
-hands it the bridge's losses; ``dl.peers`` hands it those of the peers.
-
-Marks: [paper], (paper~) read in a summary of the paper, [SEED], [ours], as in ``dl.config``.
+``fit`` is the loop; it knows a network and a function that gives a step's losses, nothing of audio or text.
+``train_bridge`` gives it the bridge's losses, ``dl.peers`` those of the trained peers.
 """
 from __future__ import annotations
 
@@ -31,18 +29,11 @@ LossFn = Callable[[nn.Module, torch.Generator], dict[str, Tensor]]
 Callback = Callable[[int, dict[str, float]], None]
 
 
-# ---------------------------------------------------------------------------------------------------------------- parts
 class EMA:
     """Exponential moving average of a network's parameters: e <- e + (1 - d) (p - e).
 
     d = min(decay, (1 + step) / (10 + step)) [ours]: early on the average forgets the initial weights faster.
-
-    Args:
-        network: what is averaged, from its present parameters on.
-        decay: in [0, 1); 0 follows the network exactly.
-
-    Attributes:
-        network: a copy in eval mode that holds the averages.
+    ``network`` is a copy in eval mode that holds the averages; decay 0 follows the trained network exactly.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -59,16 +50,14 @@ class EMA:
 class PairSampler:
     """Draws clips uniformly, with replacement, and for each one of its captions at random.
 
-    Args:
-        text_clip: (m,) int64, the row of ``audio`` that caption m belongs to.
-        num_clips: n, the rows of ``audio``.
+    ``text_clip`` (m,) int64 holds the row of ``audio`` that each caption belongs to; audio has ``num_clips`` rows.
 
     Raises:
         ValueError: a row out of range, or a clip without a caption.
     """
 
     def __init__(self, text_clip: Tensor, num_clips: int) -> None:
-        if text_clip.ndim != 1 or text_clip.numel() == 0 or int(text_clip.min()) < 0 or int(text_clip.max()) >= num_clips:
+        if len(text_clip) == 0 or int(text_clip.min()) < 0 or int(text_clip.max()) >= num_clips:
             raise ValueError(f"text_clip must hold rows of audio, 0 to {num_clips - 1}, one for each caption")
         self.order = torch.argsort(text_clip.cpu(), stable=True)  # captions, those of one clip side by side
         self.counts = torch.bincount(text_clip.cpu(), minlength=num_clips)
@@ -92,11 +81,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def learning_rate(config: BridgeConfig, step: int) -> float:
-    """The learning rate of ``step`` (from 0): constant, or half a cosine from config.learning_rate towards 0.
-
-    Raises:
-        ValueError: unknown lr_schedule.
-    """
+    """The learning rate of ``step`` (from 0): constant, or half a cosine from config.learning_rate towards 0."""
     if config.lr_schedule == "constant":
         return config.learning_rate
     if config.lr_schedule == "cosine":
@@ -104,30 +89,27 @@ def learning_rate(config: BridgeConfig, step: int) -> float:
     raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}: choose constant or cosine")
 
 
-# ----------------------------------------------------------------------------------------------------------------- loop
 def fit(
-    network: nn.Module, loss_fn: LossFn, config: BridgeConfig, *, seed: int, identity: dict[str, object] | None = None,
-    checkpoint_path: str | Path | None = None, checkpoint_every: int = CHECKPOINT_EVERY,
-    validate: Callable[[nn.Module], float] | None = None, betas: tuple[float, float] = (0.9, 0.999),
-    progress: bool = True, callback: Callback | None = None,
+    network: nn.Module, loss_fn: LossFn, config: BridgeConfig, *, seed: int,
+    identity: dict[str, object] | None = None, checkpoint_path: str | Path | None = None,
+    checkpoint_every: int = CHECKPOINT_EVERY, validate: Callable[[nn.Module], float] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999), progress: bool = True, callback: Callback | None = None,
 ) -> pd.DataFrame:
-    """Train ``network`` in place for config.train_steps steps of AdamW; at the end it holds the EMA weights, in eval mode.
+    """Train ``network`` in place with AdamW; at the end it holds the EMA weights and is in eval mode.
 
-    Every random number comes from one generator: the batches and the noise directly, the dropout through a seed it draws for
-    each step. So a run resumed from ``checkpoint_path`` equals an undisturbed one bit for bit (same machine, same threads),
-    and torch's global generators are left as they were. A finished fit is kept in the checkpoint: a second call returns at once.
+    One generator gives the batches, the noise, and a seed for the dropout of each step. A run resumed from
+    ``checkpoint_path`` therefore equals an undisturbed one bit for bit (same machine, same threads), and torch's
+    global generators are left as they were. A second call returns a finished fit at once.
 
     Args:
-        network: what is trained; its initial weights are the caller's business (see ``seeded``).
-        loss_fn: (network, generator) -> the losses of one batch, () float each; "loss" is the one that is minimised.
+        network: what is trained, from the weights it has.
+        loss_fn: (network, generator) -> the losses of one batch, () float each; "loss" is minimised.
         config: learning_rate, weight_decay, lr_schedule, train_steps, grad_clip (0: off), ema_decay.
         seed: of the generator.
         identity: what else decides the result (data, recipe), as parts of ``dl.store.key``.
-        checkpoint_path: a safetensors file; None keeps nothing.
-        checkpoint_every: steps between two checkpoints.
-        validate: (network with the EMA weights) -> a pair cosine on val, at each row of the history.
+        checkpoint_path: a safetensors file, written every ``checkpoint_every`` steps; None keeps nothing.
+        validate: (network with the EMA weights) -> pair cosine on val, asked at each row of the history.
         betas: of AdamW.
-        progress: show a progress bar on stderr.
         callback: called as callback(steps done, losses of the step) after every step.
 
     Returns:
@@ -138,9 +120,10 @@ def fit(
         ValueError: an unknown choice in ``config``.
     """
     device = next(network.parameters()).device
-    # DEVIATION(training-recipe): learning rate and weight decay follow SEED; batch, schedule, clipping and EMA are ours.
+    # DEVIATION(training-recipe): SEED's learning rate and weight decay; batch, schedule, clipping and EMA are ours.
     ema = EMA(network, config.ema_decay)
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay,
+                                  fused=True)
     generator = torch.Generator().manual_seed(seed)
     done, history, totals, since = 0, [], {}, 0
 
@@ -182,18 +165,21 @@ def fit(
             # 4. what is written down
             values = {name: value.item() for name, value in step_losses.items()}
             if not math.isfinite(values["loss"]):
-                raise FloatingPointError(f"training diverged at step {done}: lower learning_rate, now {config.learning_rate}")
-            totals, since = {name: totals.get(name, 0.0) + value for name, value in values.items()}, since + 1
+                raise FloatingPointError(f"training diverged at step {done}: "
+                                         f"lower learning_rate, now {config.learning_rate}")
+            totals = {name: totals.get(name, 0.0) + value for name, value in values.items()}
+            since += 1
             if done % every == 0 or done == config.train_steps:
                 means = {name: total / since for name, total in totals.items()}
-                history.append({"step": done, **means, "val_pair_cosine": validate(ema.network) if validate else math.nan})
+                cosine = validate(ema.network) if validate else math.nan
+                history.append({"step": done, **means, "val_pair_cosine": cosine})
                 totals, since = {}, 0
             if checkpoint_path is not None and (done % checkpoint_every == 0 or done == config.train_steps):
                 tensors = {f"ema.{name}": value for name, value in ema.network.state_dict().items()}
                 if done < config.train_steps:
                     tensors |= {f"network.{name}": value for name, value in network.state_dict().items()}
-                    slots = optimizer.state_dict()["state"]
-                    tensors |= {f"optimizer.{i}.{name}": value for i, slot in slots.items() for name, value in slot.items()}
+                    for i, moments in optimizer.state_dict()["state"].items():
+                        tensors |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
                     tensors["generator"] = generator.get_state()
                 state = {"step": done, "history": history, "totals": totals, "since": since}
                 save_checkpoint(checkpoint_path, tensors, state, run)
@@ -206,7 +192,7 @@ def fit(
 
 
 def _reseed(seed: int, device: torch.device) -> None:
-    """Seed the global generators that dropout draws from (only those in use: torch.manual_seed walks every backend)."""
+    """Seed the global generators that dropout draws from; torch.manual_seed walks every backend."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -214,7 +200,8 @@ def _reseed(seed: int, device: torch.device) -> None:
 
 def _load(network: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
     """Copy the tensors whose names start with ``prefix`` into the network."""
-    network.load_state_dict({name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)})
+    of_network = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    network.load_state_dict(of_network)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -227,13 +214,12 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-# --------------------------------------------------------------------------------------------------------------- bridge
 def train_bridge(
     config: BridgeConfig, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int,
     checkpoint_path: str | Path | None = None, val: tuple[Tensor, Tensor] | None = None,
     progress: bool = True, callback: Callback | None = None, checkpoint_every: int = CHECKPOINT_EVERY,
 ) -> tuple[DiffusionLink, pd.DataFrame]:
-    """Train a bridge on cached embeddings; every step draws clips uniformly and one of each clip's captions at random.
+    """Train a bridge on cached embeddings; every step draws clips uniformly and one caption of each at random.
 
     The opposite direction, text to audio, is the same call with the roles swapped:
     ``train_bridge(config, text, audio[text_clip], torch.arange(len(text)), seed=0)``.
@@ -244,18 +230,19 @@ def train_bridge(
         text: (m, D) float, one row a caption.
         text_clip: (m,) int64, the row of ``audio`` that a caption belongs to.
         seed: of the initial weights and of the training.
+        val: paired rows, (v, D) each, whose pair cosine goes into the history (EMA weights, config's k* and n, one
+            fixed draw of noise). It does not change the fit; a fit that is read back keeps its first history.
         checkpoint_path, checkpoint_every, progress, callback: see ``fit``.
-        val: paired rows (audio (v, D), text (v, D)); their pair cosine goes into the history (EMA weights, config's k* and n,
-            one fixed draw of noise). It does not change the fit: one that is read from the cache brings the history it was made with.
 
     Returns:
-        (bridge with the EMA weights in eval mode, history: step, loss, loss_cross, loss_self, loss_topology, val_pair_cosine).
+        (bridge with the EMA weights in eval mode, history as in ``fit``).
 
     Raises:
         ValueError: shapes that do not fit, NaN, a clip without a caption, an unknown choice in ``config``.
 
     Example:
-        >>> bridge, history = train_bridge(BridgeConfig(train_steps=2), torch.randn(8, 16), torch.randn(8, 16), torch.arange(8), seed=0)
+        >>> config, pairs = BridgeConfig(train_steps=2), (torch.randn(8, 16), torch.randn(8, 16), torch.arange(8))
+        >>> bridge, history = train_bridge(config, *pairs, seed=0)
     """
     audio = unit_rows(audio, None, "audio")
     text = unit_rows(text, audio.shape[1], "text")
