@@ -83,22 +83,22 @@ def data(profile: Profile) -> str:
 
 def _audiocaps(data_dir: Path, where: str) -> str:
     """AudioCaps: its version, the clips on disk, and every difference from the official counts."""
-    from dl.data import GET, LICENCE, OVERLAP, SIZE, count_rows, differences, find_audiocaps
+    from dl.data import GET, LICENCE, OVERLAP, SIZE, count_rows, differences, find_audiocaps, find_clips
 
-    folder = find_audiocaps(data_dir)
+    tables, folder = find_audiocaps(data_dir)
     todo = f"\n        get:     {GET.format(folder=where)}\n        size:    {SIZE}\n        licence: {LICENCE}"
-    if absent := [f"{split}.csv" for split in SPLITS if not folder.csv(split).is_file()]:
+    if absent := [f"{split}.csv" for split in SPLITS if not tables[split].is_file()]:
         raise Missing(f"AudioCaps: {', '.join(absent)} in {where}{todo}")
     try:
         edition, differing = differences(data_dir)
     except (ValueError, OSError) as error:
         raise Missing(f"AudioCaps as published ({error}){todo}") from None
-    clips = {split: sorted(count_rows(folder.csv(split))[1]) for split in SPLITS}
-    found = {split: folder.find(ids) for split, ids in clips.items()}
+    clips = {split: sorted(count_rows(tables[split])[1]) for split in SPLITS}
+    found = {split: find_clips(folder, ids) for split, ids in clips.items()}
     text = ", ".join(f"{split} {len(found[split][0]):,} of {len(ids):,}" for split, ids in clips.items())
     if not all(there for there, _ in found.values()):
         told = "; ".join(told for _, told in found.values() if told)
-        raise Missing(f"AudioCaps' audio in {folder.audio_dir} ({text} clips on disk; {told}){todo}")
+        raise Missing(f"AudioCaps' audio in {folder} ({text} clips on disk; {told}){todo}")
     return "\n        ".join([
         f"AudioCaps {edition} in {where}: {text} clips on disk; a run goes on without the rest",
         *(f"differs: {line}" for line in differing), f"licence: {LICENCE}", f"known overlap: {OVERLAP}"])
@@ -143,13 +143,12 @@ def encoder(profile: Profile) -> str:
             raise Missing(f"{shown(weights)}: git checkout -- data/mini, or train it: ./run_all.sh --only A2")
         return f"mini-CLAP, {weights.stat().st_size / 1e6:.1f} MB"
     todo = _how_to_get(name, "laion/clap-htsat-unfused", "0.6 GB", "Apache-2.0")
-    if path.suffix == ".pt" or (path / "laion_clap.json").is_file():
-        folder = path.with_suffix("") if path.suffix == ".pt" else path
-        if not (path.exists() or folder.is_dir()):
-            raise Missing(f"{name}: download it from LAION's CLAP page (2 GB, a pickle: it is converted once, without "
+    if path.suffix == ".pt":
+        if not path.is_file():
+            raise Missing(f"{name}: download it from LAION's CLAP page (2 GB, a pickle: it is read without "
                           f"running code in it){todo}")
         tokenizer = os.environ.get("DL_ROBERTA_TOKENIZER")
-        beside = (folder / "tokenizer").is_dir() or (tokenizer and Path(tokenizer).is_dir())
+        beside = (path.with_suffix("") / "tokenizer").is_dir() or (tokenizer and Path(tokenizer).is_dir())
         if not (beside or _cached("roberta-base", weights=False)):
             raise Missing(f"roberta-base's tokenizer, which laion-clap needs with {path.name}: "
                           "hf download roberta-base (only its tokenizer files are used), or set DL_ROBERTA_TOKENIZER "

@@ -11,7 +11,7 @@ import torch
 from dl.caption_files import read_windows
 from dl.clap import ClapEncoder
 from dl.config import get_profile
-from dl.data import AudioError, check_waveform, load_split, mp3_frame, read_audio, with_length
+from dl.data import AudioError, check_waveform, is_bare_mp3, load_split, read_audio
 
 HEAD = "audiocap_id,youtube_id,start_time,caption\n"
 
@@ -35,9 +35,8 @@ def bare_mp3(path: Path, bitrate_mode: str = "VARIABLE", cover: int = 0, rate: i
     """Without the frame that says how many follow, and with a cover picture before the sound."""
     soundfile.write(path, tone(12, rate), rate, format="MP3", bitrate_mode=bitrate_mode)
     data = path.read_bytes()
-    length = mp3_frame(data[:4])
-    if b"Xing" in data[:length] or b"Info" in data[:length]:
-        data = data[length:]
+    if b"Xing" in data[:64] or b"Info" in data[:64]:
+        data = data[data.index(data[:2], 64):]
     picture = b"APIC" + (cover + 14).to_bytes(4, "big") + b"\0\0\0image/jpeg\0\3\0" + bytes(range(1, 251)) * (cover // 250)
     size = [len(picture) >> shift & 127 for shift in (21, 14, 7, 0)]
     path.write_bytes((b"ID3\3\0\0" + bytes(size) + picture if cover else b"") + data)
@@ -54,15 +53,15 @@ WHOLE = {
 def test_a_whole_file_is_heard_whole(tmp_path, kind):
     make, options = WHOLE[kind]
     make(tmp_path / "sound", **options)
-    assert len(read_audio(tmp_path / "sound")) / 48_000 == pytest.approx(12, abs=0.15)
-    assert max(end for _, end, _ in read_windows(tmp_path / "sound")) == pytest.approx(12, abs=0.15)
+    assert len(read_audio(tmp_path / "sound")) / 48_000 == pytest.approx(12, abs=0.2)
+    assert max(end for _, end, _ in read_windows(tmp_path / "sound")) == pytest.approx(12, abs=0.2)
 
 
 def test_an_mp3_that_knows_its_length_is_left_alone(tmp_path):
     soundfile.write(tmp_path / "a.mp3", tone(2), 48_000)
-    assert with_length(tmp_path / "a.mp3") is None
+    assert not is_bare_mp3(tmp_path / "a.mp3")
     (tmp_path / "b.mp3").write_bytes(b"ID3\3\0\0\0\0\0\5abcde" + b"no sound")
-    assert with_length(tmp_path / "b.mp3") is None
+    assert not is_bare_mp3(tmp_path / "b.mp3")
     with pytest.raises(AudioError, match="not readable as audio"):
         read_audio(tmp_path / "b.mp3")
 
