@@ -55,16 +55,10 @@ class Peer:
     text_radius: float
 
     def fit(self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0, **context: Any) -> Peer:
-        """Take what the method needs from the training split.
+        """Take what the method needs from the training split, and return the peer; a closed form has no seed.
 
-        Args:
-            audio: (n, D) float32 unit norm, one row a clip.
-            text: (m, D) float32 unit norm, one row a caption.
-            text_clip: (m,) int64, the row of ``audio`` that a caption belongs to.
-            seed, context: not used by a closed form.
-
-        Returns:
-            The peer itself.
+        audio (n, D) and text (m, D) are float32 of unit norm, a row a clip and a row a caption; text_clip (m,) int64
+        holds the row of ``audio`` that a caption belongs to.
         """
         audio, text = audio.detach().double(), text.detach().double()
         self.audio_mean, self.text_mean = audio.mean(0), text.mean(0)
@@ -324,18 +318,9 @@ class PLSHead(Linear):
 class TrainedPeer(Peer):
     """What the trained peers share: hyper-parameters, a resumable fit, a seeded call.
 
-    A method adds :meth:`_losses` (or :meth:`loss_fn`) and :meth:`_bridge`.
-
-    Args:
-        hyper_parameters: fields of ``BridgeConfig``; what is not given comes from the class's ``defaults``.
-
-    Attributes:
-        config: the hyper-parameters in force.
-        network: the fitted network, EMA weights.
-        history: the training history, one row for each of at most about 50 points (see ``dl.train.fit``).
-
-    Raises:
-        TypeError: a hyper-parameter that BridgeConfig does not have.
+    A method adds ``_losses`` (or ``loss_fn``) and ``_bridge``. Its hyper-parameters are fields of ``BridgeConfig``;
+    what is not given comes from ``defaults``. After a fit, ``network`` holds the EMA weights and ``history`` the
+    losses (see ``dl.train.fit``).
     """
 
     uses_pairs = True
@@ -363,17 +348,10 @@ class TrainedPeer(Peer):
 
     def fit(self, audio: Tensor, text: Tensor, text_clip: Tensor, *, seed: int = 0,
             checkpoint_path: str | Path | None = None, progress: bool = False, **context: Any) -> TrainedPeer:
-        """Train on the training split.
+        """Train on the training split, and return the peer.
 
-        Args:
-            audio, text, text_clip: (n, D), (m, D), (m,), as for every peer.
-            seed: training seed.
-            checkpoint_path: where the fit is kept and resumed from (see ``dl.train.fit``).
-            progress: show a progress bar.
-            context: ``val``, a pair of (v, D) tensors, for the bridge's history; else not used.
-
-        Returns:
-            The peer itself.
+        ``checkpoint_path`` keeps the fit (see ``dl.train.fit``); ``val`` in ``context``, a pair of (v, D) tensors, is
+        for the bridge's history.
         """
         audio = unit_rows(audio, None, "audio")
         text = unit_rows(text, audio.shape[1], "text")

@@ -257,7 +257,7 @@ def train_bridge(
         clips, captions = sampler.draw(config.batch_size, generator)
         return bridge_losses(network, link.scheduler, x_audio[clips], x_text[captions], config, generator)
 
-    identity = {"system": "bridge", "data": content(audio, text, text_clip)}
+    identity: dict[str, object] = {"system": "bridge", "data": content(audio, text, text_clip)}
     validate = None
     if val is not None:
         probe, val_text = copy.deepcopy(link), unit_rows(val[1], audio.shape[1], "val text")
