@@ -49,11 +49,7 @@ __all__ = list(EXPORTS)
 
 
 def __getattr__(name: str) -> object:
-    """Load the module behind a public name (PEP 562).
-
-    Raises:
-        AttributeError: the package has no such name.
-    """
+    """Load the module behind a public name (PEP 562); AttributeError where there is none."""
     if name not in EXPORTS:
         raise AttributeError(f"module 'dl' has no attribute {name!r}; it offers {', '.join(__all__)}")
     return getattr(import_module(f"dl.{EXPORTS[name]}"), name)

@@ -120,11 +120,6 @@ def memory_advice(what: str, advice: str) -> Iterator[None]:
         raise torch.OutOfMemoryError(f"memory ran out ({what}): {advice}. {reason}") from error
 
 
-def model_revision(name: str, model: PreTrainedModel, revision: str | None = None) -> str | None:
-    """What names loaded weights: the sha256 of the package's file, the commit of a hub model, None for a folder."""
-    return sha256_file(smollm2_gguf()) if name == SMOLLM2 else getattr(model.config, "_commit_hash", None) or revision
-
-
 @cache
 def language_model_version(name: str, revision: str | None = None) -> str:
     """What names weights without opening them: the package's sha256, a folder's sizes and times, or ``revision``."""
@@ -162,23 +157,19 @@ def _dequantised(gguf: Path, sha256: str) -> Path:
         if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
             shutil.rmtree(left, ignore_errors=True)
     try:
-        return _unpacked(gguf, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        suffix = f"-{os.getpid()}"                               # whose it is, for the loop above
+        with tempfile.TemporaryDirectory(suffix, ".smollm2-unpacking-", folder.parent) as temporary, _quiet():
+            made, float32 = Path(temporary) / "model", GgufConfig(dequantize=True)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
+            AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
+                                                 quantization_config=float32).save_pretrained(made)
+            if not folder.is_dir():                              # another process may have been faster
+                os.rename(made, folder)
     except (SafetensorError, OSError) as error:                  # safetensors' "no space left" is no OSError
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"the language model (540 MB) cannot be unpacked into {folder.parent} ({reason}): "
                          "free space there, or set XDG_CACHE_HOME to a folder with room") from error
-
-
-def _unpacked(gguf: Path, folder: Path) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    suffix = f"-{os.getpid()}"                                    # by which _dequantised knows whose it is
-    with tempfile.TemporaryDirectory(suffix, ".smollm2-unpacking-", folder.parent) as temporary, _quiet():
-        made, float32 = Path(temporary) / "model", GgufConfig(dequantize=True)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(made)
-        AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32,
-                                             quantization_config=float32).save_pretrained(made)
-        if not folder.is_dir():                                  # another process may have been faster
-            os.rename(made, folder)
     return folder
 
 
@@ -222,7 +213,7 @@ class LLMCaptioner(nn.Module):
         seed: of the initial weights of projector and LoRA.
 
     Attributes: ``language_model`` (peft's; weights in ``config.dtype``, LoRA in float32), ``projector``,
-    ``tokenizer``, and ``revision``, which names the base weights.
+    ``tokenizer``, and ``revision``: the sha256 of the package's file, the commit of a hub model, None for a folder.
 
     Raises:
         ValueError: no such language model, or one without q_proj and v_proj; an unknown dtype.
@@ -239,7 +230,9 @@ class LLMCaptioner(nn.Module):
         self.config = config = config or CaptionerConfig()
         base, self.tokenizer = load_language_model(
             config.language_model, config.revision, resolve_dtype(config.dtype), config.dtype == FOUR_BIT)
-        self.revision = model_revision(config.language_model, base, config.revision)
+        smollm2 = config.language_model == SMOLLM2
+        self.revision = sha256_file(smollm2_gguf()) if smollm2 else (
+            getattr(base.config, "_commit_hash", None) or config.revision)
         layers = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
         if missing := [name for name in TARGETS if name not in layers]:
             raise ValueError(f"language model {config.language_model!r} has no {missing[0]} layers for LoRA: "
