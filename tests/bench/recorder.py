@@ -1,164 +1,176 @@
-"""What a benchmark needs around its measurements: rows that are on disk at once, a guard, a time budget, a stop-watch."""
+"""What both benchmarks share: rows that are on disk at once, a time budget, stop-watches, goals."""
 from __future__ import annotations
 
-import gc
-import math
-import resource
-import signal
+import csv
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from scipy.stats import binom
 
-from dl.store import atomic_write, csv_text, device_name
+from dl.store import atomic_write, csv_text
 
-COLUMNS = ("section", "name", "value", "unit", "batch", "seq_len", "dtype", "repeats", "value_min", "value_max",
-           "card", "torch", "transformers", "peft", "status", "reason")
-LIBRARIES = ("torch", "transformers", "peft")
-LIMIT = 180.0            # seconds that one guarded measurement may take
 GIB = 2**30
-
-
-class OutOfTime(Exception):
-    """A measurement ran past its limit."""
+Pairs = list[tuple[float, float]]
 
 
 class Recorder:
     """Rows of one CSV, written whole after every row; status is ``ok``, or ``not measured`` with a reason.
 
     Args:
-        path: the CSV file; an old one is replaced.
-        budget_seconds: from now on; what would start later is written as not measured, "out of time".
-        device: where the measurements run.
+        path: the CSV file.
+        columns: its columns.
+        about: cells that every row gets.
+        budget_seconds: from now on; what would start later is not measured.
+        order: sections, as the file has them.
+        only: the sections measured now; of others the rows that the file holds stay. None: all of them.
     """
 
-    columns = COLUMNS
-    limit = LIMIT
-
-    def __init__(self, path: Path, budget_seconds: float, device: torch.device) -> None:
-        self.path, self.device = path, device
-        self.rows: list[dict] = []
+    def __init__(self, path: Path, columns: Sequence[str], about: dict, budget_seconds: float,
+                 order: Sequence[str] = (), only: Sequence[str] | None = None) -> None:
+        self.path, self.columns, self.about, self.order = path, columns, about, order
         self.end = time.monotonic() + budget_seconds
-        self.about = {"card": device_name() if device.type == "cuda" else "cpu", **{name: installed(name) for name in LIBRARIES}}
+        self.rows: list[dict] = []
+        if only is not None and path.is_file():
+            with open(path, newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if row["section"] not in only]
 
-    def record(self, section: str, name: str, unit: str, values: float | list[float], reason: str = "", **where: object) -> None:
-        """One row: the median of ``values``, with their least and greatest.
+    def add(self, section: str, name: str, status: str = "ok", **cells: object) -> None:
+        """One row, written and shown."""
+        row = {**self.about, "section": section, "name": name, "status": status, **cells}
+        self.rows.append(row)
+        if self.order:
+            self.rows.sort(key=lambda row: self.order.index(row["section"]))
+        atomic_write(self.path, csv_text(self.rows, self.columns))
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()
+                 if key not in self.about and value not in ("", None)}
+        print(*(f"{key} {value}" for key, value in shown.items()), sep=", ", flush=True)
+
+    def attempt(self, section: str, name: str, measure: Callable[..., object], *given: object,
+                **cells: object) -> None:
+        """Call ``measure(*given)``, which adds rows. Whatever stops it becomes one row, and the benchmark goes on."""
+        try:
+            if time.monotonic() > self.end:
+                raise TimeoutError("out of time")
+            measure(*given)
+        except Exception as error:      # noqa: BLE001  one failure must not cost the other rows
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            self.add(section, name, "not measured", reason=reason, **cells)
+
+    def value(self, section: str, name: str, **cells: object) -> float:
+        """The value of the first such row.
+
+        Raises:
+            LookupError: it was not measured.
+        """
+        wanted = {"section": section, "name": name, "status": "ok", **cells}
+        for row in self.rows:
+            if wanted.items() <= row.items():
+                return row["value"]
+        raise LookupError(f"{section}, {name} was not measured")
+
+    def compare(self, section: str, name: str, pairs: Pairs, goal: str, reason: str,
+                profile: Callable[[], str] = str, **cells: object) -> None:
+        """One row: medians of both costs, the median of the ratios of the pairs, whether the goal is met.
 
         Args:
-            section, name, unit: what was measured.
-            values: one for each repeat, or one number that was derived.
-            reason: how the number comes about, where the name does not say it.
-            where: batch, seq_len, dtype.
+            pairs: costs (ours, theirs) that were measured one after the other.
+            goal: such as ``ours / theirs <= 1.5``. It is met, or missed, only where the whole interval says so.
+            profile: says where our time goes; called only where the goal is not met.
         """
-        values = values if isinstance(values, list) else [values]
-        if not all(math.isfinite(value) for value in values):
-            self.not_measured(section, name, "the value is not finite", unit=unit, **where)
-            return
-        self._add({"section": section, "name": name, "value": statistics.median(values), "unit": unit, **where, "repeats": len(values),
-                   "value_min": min(values), "value_max": max(values), "status": "ok", "reason": reason})
-
-    def not_measured(self, section: str, name: str, reason: str, **where: object) -> None:
-        """One row without a value."""
-        self._add({"section": section, "name": name, "status": "not measured", "reason": " ".join(reason.split())[:300], **where})
-
-    def attempt(self, measure: Callable[[], None], section: str, name: str, **where: object) -> None:
-        """Call ``measure``, which records rows; whatever stops it becomes one row, and the benchmark goes on."""
-        left = min(self.limit, self.end - time.monotonic())
-        if left <= 0:
-            self.not_measured(section, name, "out of time", **where)
-            return
-        self._reset_memory()
-        before = signal.signal(signal.SIGALRM, _raise_out_of_time)
-        signal.setitimer(signal.ITIMER_REAL, left, 1.0)  # again every second: an exception raised inside a destructor is swallowed
-        try:
-            measure()
-        except Exception as error:                       # noqa: BLE001  one failure must not cost the other rows
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            self.not_measured(section, name, f"{type(error).__name__}: {error}", **where)
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-    def value(self, section: str, name: str, **where: object) -> float | None:
-        """The value of the first such row that was measured, else None."""
-        wanted = {"section": section, "name": name, "status": "ok", **where}
-        return next((row["value"] for row in self.rows if all(row.get(key) == value for key, value in wanted.items())), None)
-
-    def share(self, section: str, name: str, values: list[float], ceiling: float | None, reason: str, **where: object) -> None:
-        """``values`` as shares of a measured number of the same unit, ``ceiling``."""
-        if ceiling is None:
-            self.not_measured(section, name, "what it is a share of was not measured", unit="share", **where)
-        else:
-            self.record(section, name, "share", [value / ceiling for value in values], reason, **where)
-
-    def peak_memory(self, section: str, name: str = "peak_memory", **where: object) -> None:
-        """GiB that tensors held at most since the measurement began; without a GPU, what the process has held at most so far."""
-        if self.device.type == "cuda":
-            self.record(section, name, "GiB", torch.cuda.max_memory_allocated() / GIB, **where)
-        else:
-            self.record(section, name, "GiB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, "of the process", **where)
-
-    def _reset_memory(self) -> None:
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-
-    def _add(self, row: dict) -> None:
-        self.rows.append({**self.about, **row})
-        atomic_write(self.path, csv_text(self.rows, self.columns))
-        print(self.shown(row), flush=True)
-
-    @staticmethod
-    def shown(row: dict) -> str:
-        """A row as one line for the terminal."""
-        place = ", ".join(f"{key} {row[key]}" for key in ("batch", "seq_len", "dtype") if row.get(key) is not None)
-        shown = f"{row['value']:.4g} {row['unit']}" if row["status"] == "ok" else f"not measured: {row['reason']}"
-        return f"{row['section']}: {row['name']} ({place}) {shown}"
+        of, sign, bound = re.fullmatch(r"(ours / theirs|theirs / ours) (<=|>=) (\S+)", goal).groups()
+        ratios = [ours / theirs if of == "ours / theirs" else theirs / ours for ours, theirs in pairs]
+        low, high = median_interval(ratios)
+        inside = [value <= float(bound) if sign == "<=" else value >= float(bound) for value in (low, high)]
+        met = "yes" if all(inside) else "within noise" if any(inside) else "no"
+        ours, theirs = (statistics.median(costs) for costs in zip(*pairs, strict=True))
+        self.add(section, name, ours=ours, theirs=theirs, ratio=statistics.median(ratios), goal=goal, met=met,
+                 ratio_low=low, ratio_high=high, ratio_min=min(ratios), ratio_max=max(ratios), repeats=len(pairs),
+                 reason=reason, profile="" if met == "yes" else profile(), **{"unit": "s", **cells})
 
 
-def stopwatch(run: Callable[[], object], device: torch.device, repeats: int, warmup: int = 3, host: bool = False) -> list[float]:
-    """Seconds of each of ``repeats`` calls, after ``warmup`` ones (no more than repeats).
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """A 95 % interval of the median by order statistics; of fewer than six values the least and the greatest."""
+    values = sorted(values)
+    left_out = max(0, int(binom.ppf(0.025, len(values), 0.5)) - 1)
+    return values[left_out], values[-1 - left_out]
 
-    On a GPU by events that are read at the end, so that the queue never runs dry; with ``host`` (and without a GPU) by the host's
-    clock around a finished call, work of the host included.
+
+def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int, warmup: int = 1,
+            seconds: float = 60) -> tuple[Pairs, object, object]:
+    """Seconds of ours and theirs, called in turn, and what each answered last.
+
+    Args:
+        repeats: pairs; fewer, but at least three, once ``seconds`` have gone by.
+        warmup: calls of each before the first pair.
     """
-    for _ in range(min(warmup, repeats)):
+    for _ in range(warmup):
+        ours()
+        theirs()
+    pairs: Pairs = []
+    end = time.perf_counter() + seconds
+    while len(pairs) < repeats and (len(pairs) < 3 or time.perf_counter() < end):
+        began = time.perf_counter()
+        found = ours()
+        middle = time.perf_counter()
+        wanted = theirs()
+        pairs.append((middle - began, time.perf_counter() - middle))
+    return pairs, found, wanted
+
+
+def stopwatch(run: Callable[[], object], repeats: int, warmup: int = 1, calls: int = 1) -> list[float]:
+    """Seconds of a call, ``repeats`` times; a GPU is waited for after ``calls`` calls: its queue stays full."""
+    for _ in range(warmup):
         run()
-    synchronize(device)
-    if host or device.type != "cuda":
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
+    synchronize()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for _ in range(calls):
             run()
-            synchronize(device)
-            times.append(time.perf_counter() - began)
-        return times
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    for first, last in marks:
-        first.record()
+        synchronize()
+        times.append((time.perf_counter() - began) / calls)
+    return times
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def check_equal(ours: torch.Tensor, theirs: torch.Tensor, most: float, what: str) -> str:
+    """How far two results lie apart, in words.
+
+    Raises:
+        AssertionError: further than ``most``; the comparison would be worthless.
+    """
+    apart = float((torch.as_tensor(ours).double() - torch.as_tensor(theirs).double()).abs().max())
+    if not apart <= most:
+        raise AssertionError(f"{what}: ours and theirs differ by {apart:.2g}, more than {most:g}")
+    return f"{what} equal to {apart:.1g}"
+
+
+def torch_profile(run: Callable[[], object], most: int = 8) -> str:
+    """The operators that a call spends its CPU time in, with their shares of all operators' own time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         run()
-        last.record()
-    synchronize(device)
-    return [first.elapsed_time(last) / 1000 for first, last in marks]       # events count milliseconds
+    events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return ", ".join(f"{event.key.removeprefix('aten::')} {event.self_cpu_time_total / total:.0%}"
+                     for event in events[:most])
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the GPU, where there is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _raise_out_of_time(*_: object) -> None:
-    raise OutOfTime("this measurement ran past its limit")
-
-
-def installed(name: str) -> str:
-    """The version of a package, or "absent"."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "absent"
+def versions(*names: str) -> dict[str, str]:
+    """Of packages; "absent" where one is not installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
