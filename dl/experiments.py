@@ -1,9 +1,8 @@
-"""Work that falls into independent parts, side by side: on a CPU, several processes of few threads do more than one of many.
+"""What Tables 1 and 2 run: tuning on val, fits, caption decoders, captions, scores on test.
 
-Small matrices leave a second thread waiting most of the time, and a caption or a bridge is made of small matrices. A fit, or the
-captions of a row, lie on disk afterwards, so that a killed run goes on where it was; scores are quick and come back as they are. The
-number of processes, and so of threads in each, depends on the machine and on the number of parts alone: a run that goes on gives the
-same bytes as one that was never stopped.
+On a CPU several processes of few threads do more than one of many, since a bridge and a caption are made of small
+matrices. Each fit, and the captions of each row, are kept on disk, so a killed run goes on where it was. The number of
+processes depends on the machine and the number of parts alone: a resumed run gives the same bytes as an undisturbed one.
 """
 from __future__ import annotations
 
@@ -15,9 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from statistics import median
+from timeit import repeat
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -32,16 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dl.bootstrap import (
-    Draws,
-    SystemScores,
-    make_draws,
-    make_reference,
-    paired_difference,
-    score_clips,
-    score_system,
-    text_floor,
-)
+from dl.bootstrap import Draws, SystemScores, make_draws, make_reference, paired_difference, score_clips, text_floor
 from dl.bridge import INFERENCE_FIELDS
 from dl.caption_metrics import CaptionResults, Run, candidates_path, score_caption_runs, write_candidates
 from dl.captioner import LLMCaptioner, language_model_version
@@ -55,44 +47,38 @@ from dl.report import TUNING_METRIC, comparisons
 from dl.store import Key, MetricsFile, atomic_write, content, git_sha, key, search_file, search_paths
 from dl.train import BRIDGE_RECIPE
 
-MEMORY_GB = 5.0        # that the processes may take together, beside this one, which may hold a decoder too; a laptop of 8 GB is enough
+MEMORY_GB = 5.0       # that all processes may take beside this one; a laptop of 8 GB is enough
+GB_EACH = 2.3         # of a fit, or of a decoder at work, with SmolLM2-135M in float32; 2.1 GB were measured
+Scores = dict[tuple[str, str], SystemScores]      # (system, space) -> scores
+Trial = dict[str, Any]
 
 
 def side_by_side(function: Callable, parts: Iterable[tuple], processes: int = 0, gb_each: float = 0.6) -> list:
-    """``[function(*part) for part in parts]``, several at a time.
+    """``[function(*part) for part in parts]``, several calls at a time, the results in the order of ``parts``.
 
     Args:
-        function: of a module; its arguments and results are copied from process to process.
-        parts: the arguments of each call.
-        processes: at most so many; 0 takes one for each core, or for each part where there are fewer than twice as many parts as
+        processes: at most so many; 0 takes one a core, or one a part where there are fewer than twice as many parts as
             cores. With one, or on a machine with a GPU, all is done in this process.
         gb_each: memory of one call, GB (10^9 bytes); ``MEMORY_GB`` bounds the sum.
-
-    Returns:
-        the results, in the order of ``parts``.
 
     Raises:
         Exception: what the first failing call raised; calls that have not begun are left out.
     """
-    parts, cores = list(parts), joblib.cpu_count()                  # those that this process may use: affinity, cgroups
-    wanted = processes or (len(parts) if len(parts) < 2 * cores else cores)          # three parts on two cores: together, not two and then one
-    count = 1 if torch.accelerator.is_available() else min(wanted, len(parts), int(MEMORY_GB / gb_each))
-    if count < 2 or not _semaphores():
+    parts, cores = list(parts), joblib.cpu_count()                  # those that this process may use
+    wanted = processes or (len(parts) if len(parts) < 2 * cores else cores)
+    count = min(wanted, len(parts), int(MEMORY_GB / gb_each))
+    try:
+        multiprocessing.Lock()
+    except (ImportError, OSError):                                  # no /dev/shm: processes cannot wait for each other
+        count = 1
+    if count < 2 or torch.accelerator.is_available():
         return [function(*part) for part in parts]
     try:
         with parallel_config("loky", inner_max_num_threads=max(1, cores // count)):
-            return Parallel(count, batch_size=1, pre_dispatch=count)(delayed(_call)(function, part, os.getpid()) for part in parts)
+            calls = (delayed(_call)(function, part, os.getpid()) for part in parts)
+            return Parallel(count, batch_size=1, pre_dispatch=count)(calls)
     finally:
-        get_reusable_executor().shutdown(kill_workers=True)                 # idle ones would keep their memory
-
-
-def _semaphores() -> bool:
-    """Whether processes can wait for each other here; without a /dev/shm they cannot."""
-    try:
-        multiprocessing.Lock()
-    except (ImportError, OSError):
-        return False
-    return True
+        get_reusable_executor().shutdown(kill_workers=True)         # idle ones would keep their memory
 
 
 def _call(function: Callable, part: tuple, parent: int) -> object:
@@ -111,15 +97,7 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-
-
-# ----------------------------------------------------------------------------------------------------
-# What Table 1 runs: hyper-parameters tuned on val with equal budgets, fits kept on disk, every system scored on test.
-
-
-Trial = dict[str, Any]
-
-
+# ----------------------------------------------------------------------------------------- Table 1: tuning on val, fits
 def grid(**choices: Iterable) -> list[Trial]:
     """Every combination of the choices, the last one varying fastest."""
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
@@ -138,21 +116,21 @@ FITS: dict[str, list[Trial]] = {                              # eight a system; 
     "diffusion_bridge": grid(learning_rate=[8e-5, 2.5e-4, 5e-4, 1e-3], batch_size=[64, 256]),
     "conditional_diffusion": grid(learning_rate=LEARNING_RATES, dropout=[0.0, 0.1]),
 }
-INFERENCE: dict[str, list[Trial]] = {                         # swept on every fit
+INFERENCE: dict[str, list[Trial]] = {                         # tried on every fit
     "diffusion_link": grid(start_timestep=START_STEPS, num_inference_steps=[1]),
     "diffusion_link_ddim": [trial for trial in grid(start_timestep=START_STEPS, num_inference_steps=[5, 10])
                             if trial["num_inference_steps"] <= trial["start_timestep"]],
     "diffusion_bridge": grid(start_timestep=[100, 200, 300, 400, 500, 600, 700, 800], num_inference_steps=[5]),
     "conditional_diffusion": grid(start_timestep=[999], num_inference_steps=[10, 25, 50]),
 }
-ONLY_FULL = ("regression_mlp_topology", "conditional_diffusion", "text_to_audio")    # slow, and no rule demands them (C1: "that was run")
+ONLY_FULL = ("regression_mlp_topology", "conditional_diffusion", "text_to_audio")     # slow, and no rule demands them
 WATCHED = (TUNING_METRIC, "pair_cosine", "centroid_gap", "recall_at_10", "effective_rank")
 
 
 def chosen(profile: Profile, system: str) -> Trial:
     """The hyper-parameters that ``search.csv`` marks as chosen for a system; none where it was not tuned.
 
-    A profile's own search comes first, else that of ``mini``, which is committed; with another encoder the profile's defaults hold.
+    A profile's own search comes first, else the committed one of ``mini``, which holds for its encoder alone.
     """
     for path in search_paths(profile):
         if path.is_file():
@@ -164,34 +142,40 @@ def chosen(profile: Profile, system: str) -> Trial:
 
 
 def table1_systems(full: bool = False) -> list[str]:
-    """The rows of Table 1, in its order; without ``full`` those of ``ONLY_FULL`` are left out. ``capdec`` maps no vector, its row would be ``raw`` once more."""
-    return [system for system in REGISTRY if system != "capdec" and (full or system not in ONLY_FULL)] + ["text_floor"]
+    """The rows of Table 1; ``full`` adds ``ONLY_FULL``. ``capdec`` maps no vector: its row would be that of ``raw``."""
+    return [name for name in REGISTRY if name != "capdec" and (full or name not in ONLY_FULL)] + ["text_floor"]
 
 
-def fit_system(
-    profile: Profile, system: str, train: Embeddings, seed: int = 0, progress: bool = False, val: Embeddings | None = None, **hyper_parameters: Any
-) -> Peer:
+def fit_system(profile: Profile, system: str, train: Embeddings, seed: int = 0, val: Embeddings | None = None,
+               **hyper_parameters: Any) -> Peer:
     """Fit a system, or read the same fit from the cache; ``hyper_parameters`` go over the chosen ones.
 
-    Trained systems take ``profile.bridge.train_steps`` steps. Two systems that differ at a call only (one step, DDIM) share a fit.
-    With ``val`` the history of a new fit of the bridge holds its pair cosine on val.
+    Trained systems take ``profile.bridge.train_steps`` steps. Two systems that differ at a call only (one step, DDIM)
+    share a fit. With ``val`` the history of a new fit of the bridge holds its pair cosine on val.
     """
     peer = unfitted(profile, system, **hyper_parameters)
     if not isinstance(peer, TrainedPeer):
         return peer.fit(train.audio, train.text, train.text_clip, seed=seed)
     family = "bridge" if isinstance(peer, DiffusionLinkPeer) else system
     path = profile.cache_dir / "fits" / f"{family}-{fit_key(peer, train, seed).digest}-{seed}.safetensors"
-    return peer.fit(train.audio, train.text, train.text_clip, seed=seed, checkpoint_path=path, progress=progress,
+    return peer.fit(train.audio, train.text, train.text_clip, seed=seed, checkpoint_path=path,
                     val=None if val is None else (val.audio, val.first_text))
 
 
 def unfitted(profile: Profile, system: str, **hyper_parameters: Any) -> Peer:
-    """A system with the hyper-parameters chosen on val, and ``hyper_parameters`` over them."""
+    """A system with the hyper-parameters chosen on val, and ``hyper_parameters`` over them.
+
+    What the profile itself sets holds for every trained system whose recipe has no value of its own.
+    """
     values = {**chosen(profile, system), **hyper_parameters}
     kind = REGISTRY[system]
     if not issubclass(kind, TrainedPeer):
         return build(system, **values)
-    return kind(**{"train_steps": profile.bridge.train_steps, **_base(profile, kind), **values})
+    common, recipe, own = (asdict(config) for config in (BridgeConfig(), kind.defaults, profile.bridge))
+    base = {name: value for name, value in own.items() if value != common[name] and recipe[name] == common[name]}
+    base |= {"train_steps": profile.bridge.train_steps}
+    base |= {"batch_size": profile.bridge.batch_size} if profile.name == "smoke" else {}
+    return kind(**{**base, **values})
 
 
 def fit_key(peer: Peer, train: Embeddings, seed: int) -> Key:
@@ -199,7 +183,8 @@ def fit_key(peer: Peer, train: Embeddings, seed: int) -> Key:
     if isinstance(peer, TrainedPeer):
         settings = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
         kind = "bridge" if isinstance(peer, DiffusionLinkPeer) else type(peer).__name__
-        return key("fit", PEERS_RECIPE, bridge=BRIDGE_RECIPE, system=kind, settings=settings, seed=seed, data=train.key)
+        return key("fit", PEERS_RECIPE, bridge=BRIDGE_RECIPE, system=kind, settings=settings, seed=seed,
+                   data=train.key)
     settings = {name: value for name, value in vars(peer).items() if isinstance(value, int | float | str)}
     return key("fit", PEERS_RECIPE, system=type(peer).__name__, settings=settings, data=train.key)
 
@@ -209,14 +194,15 @@ def mapping_key(profile: Profile, system: str, train: Embeddings, seed: int, spa
     if system not in REGISTRY:
         return key("mapping", PEERS_RECIPE, system=system)
     peer = unfitted(profile, system)
-    call = {name: value for name, value in asdict(peer.config).items() if name in INFERENCE_FIELDS} if isinstance(peer, TrainedPeer) else {}
-    return key("mapping", PEERS_RECIPE, fit=fit_key(peer, train, seed if peer.trained else 0), call=call, noise_seed=NOISE_SEED, space=space)
+    settings = asdict(peer.config) if isinstance(peer, TrainedPeer) else {}
+    call = {name: value for name, value in settings.items() if name in INFERENCE_FIELDS}
+    return key("mapping", PEERS_RECIPE, fit=fit_key(peer, train, seed if peer.trained else 0), call=call,
+               noise_seed=NOISE_SEED, space=space)
 
 
-def fit_systems(
-    profile: Profile, systems: Iterable[str], train: Embeddings, val: Embeddings | None = None, progress: bool = False,
-) -> dict[tuple[str, int], Peer]:
-    """Fit every system with every training seed (a closed form: seed 0), several fits side by side where there is no GPU.
+def fit_systems(profile: Profile, systems: Iterable[str], train: Embeddings,
+                val: Embeddings | None = None) -> dict[tuple[str, int], Peer]:
+    """Fit every system with every training seed (a closed form: seed 0), trained ones side by side without a GPU.
 
     Args:
         val: see :func:`fit_system`.
@@ -224,88 +210,59 @@ def fit_systems(
     Returns:
         (system, seed) -> peer.
     """
+    def keep(system: str, seed: int) -> None:
+        fit_system(profile, system, train, seed, val)
+
     fits = [(system, seed) for system in systems for seed in (profile.seeds if REGISTRY[system].trained else (0,))]
-    kinds = {name: kind for name, kind in REGISTRY.items() if issubclass(kind, TrainedPeer)}
-    trained = [(system, seed) for system, seed in fits if system in kinds]
-    trained.sort(key=lambda fit: -kinds[fit[0]].defaults.self_weight)                  # text rows double a step; long fits first leave no core idle at the end
-    side_by_side(_keep_fit, [(profile, system, train, seed, False, val) for system, seed in trained], profile.processes)
-    return {(system, seed): fit_system(profile, system, train, seed, progress, val) for system, seed in fits}
+    trained = [fit for fit in fits if REGISTRY[fit[0]].trained]
+    side_by_side(keep, trained[::-1], profile.processes)            # the bridge's fits are the longest: they begin
+    return {(system, seed): fit_system(profile, system, train, seed, val) for system, seed in fits}
 
 
-def _keep_fit(profile: Profile, system: str, train: Embeddings, seed: int, progress: bool, val: Embeddings | None) -> None:
-    """``fit_system`` for what it leaves in the cache."""
-    fit_system(profile, system, train, seed, progress, val)
-
-
-def _base(profile: Profile, kind: type[TrainedPeer]) -> Trial:
-    """What a trained system takes from the profile before tuning: what the profile sets, where the system's recipe has no value of its own."""
-    common, recipe, own = (asdict(config) for config in (BridgeConfig(), kind.defaults, profile.bridge))
-    set_here = {name: value for name, value in own.items() if value != common[name] and recipe[name] == common[name]}
-    return set_here | ({"batch_size": profile.bridge.batch_size} if profile.name == "smoke" else {})
-
-
-def map_runs(peer: Peer, audio: Tensor, seed: int, noise_seeds: tuple[int, ...], space: str = "text") -> list[tuple[int, int, Tensor]]:
+def map_runs(peer: Peer, audio: Tensor, seed: int, noise_seeds: tuple[int, ...],
+             space: str = "text") -> list[tuple[int, int, Tensor]]:
     """(seed, noise seed, mapped (n, D)) for every noise seed; one entry where the system adds no noise."""
-    return [(seed, noise_seed, peer(audio, noise_seed=noise_seed, space=space)) for noise_seed in (noise_seeds if peer.stochastic else (0,))]
+    return [(seed, noise_seed, peer(audio, noise_seed=noise_seed, space=space))
+            for noise_seed in (noise_seeds if peer.stochastic else (0,))]
 
 
-def fits_to_try(profile: Profile, system: str) -> list[Trial]:
-    """The fits of a search; DDIM is another way to call the networks of ``diffusion_link``, so it takes that system's chosen fit."""
-    if system != "diffusion_link_ddim":
-        return FITS[system]
-    return [{name: value for name, value in chosen(profile, "diffusion_link").items() if name not in INFERENCE_FIELDS}]
-
-
-def sweep(peer: Peer, val: Embeddings, trials: list[Trial], noise_seeds: tuple[int, ...]) -> list[dict[str, float]]:
-    """Score a fitted peer on val for each way of calling it: the mean of the watched metrics over noise seeds."""
-    reference = make_reference(val)
-    rows = []
-    for trial in trials:
-        if trial:
-            peer.set_inference(**trial)
-        scores = [gap_metrics(mapped, reference) for _, _, mapped in map_runs(peer, val.audio, 0, noise_seeds)]
-        rows.append({metric: sum(float(score[metric][0]) for score in scores) / len(scores) for metric in WATCHED})
-    return rows
-
-
-def search(profile: Profile, system: str, train: Embeddings, val: Embeddings, progress: bool = True) -> Trial:
+def search(profile: Profile, system: str, train: Embeddings, val: Embeddings) -> Trial:
     """Tune one system on val with training seed 0, write every trial to ``search.csv``, and return the chosen one."""
-    file = search_file(profile)
-    number = 0
-    rows: list[Trial] = []
-    best: tuple[float, Trial] = (float("inf"), {})
-    for fit_trial in fits_to_try(profile, system):
+    bridge = {name: value for name, value in chosen(profile, "diffusion_link").items() if name not in INFERENCE_FIELDS}
+    reference, trials = make_reference(val), []
+    for fit_trial in FITS.get(system, [bridge]):                    # DDIM calls the chosen networks in another way
         started = time.perf_counter()
-        call_trials = INFERENCE.get(system, [{}])
-        peer = fit_system(profile, system, train, seed=0, progress=progress, **fit_trial)
-        for call_trial, scores in zip(call_trials, sweep(peer, val, call_trials, profile.noise_seeds[:2]), strict=True):
-            params = {**fit_trial, **call_trial}
-            best = min(best, (scores[TUNING_METRIC], params), key=lambda entry: entry[0])
-            shared: Trial = {"system": system, "trial": number, "params": json.dumps(params), "split": "val", "seed": 0, "noise_seed": "all",
-                      "train_steps": profile.bridge.train_steps if peer.trained else 0, "git_sha": git_sha(),
-                      "wall_s": round(time.perf_counter() - started, 1)}
-            rows += [{**shared, "metric": metric, "value": value} for metric, value in scores.items()]
-            number += 1
-    for row in rows:
-        row["chosen"] = int(json.loads(row["params"]) == best[1])
+        peer = fit_system(profile, system, train, **fit_trial)
+        for call_trial in INFERENCE.get(system, [{}]):
+            peer.set_inference(**call_trial)
+            scores = [gap_metrics(mapped, reference, only=WATCHED)
+                      for _, _, mapped in map_runs(peer, val.audio, 0, profile.noise_seeds[:2])]
+            means = {metric: sum(float(score[metric][0]) for score in scores) / len(scores) for metric in WATCHED}
+            trials.append(({**fit_trial, **call_trial}, means, round(time.perf_counter() - started, 1)))
+    best = min(trials, key=lambda trial: trial[1][TUNING_METRIC])[0]
+    shared = {"system": system, "split": "val", "seed": 0, "noise_seed": "all", "git_sha": git_sha(),
+              "train_steps": profile.bridge.train_steps if peer.trained else 0}
+    file = search_file(profile)
     file.remove(system=system)
-    file.add(rows)
-    return best[1]
+    file.add([{**shared, "trial": number, "params": json.dumps(params), "metric": metric, "value": value,
+               "chosen": int(params == best), "wall_s": seconds}
+              for number, (params, means, seconds) in enumerate(trials) for metric, value in means.items()])
+    return best
 
 
-def score_table(
-    profile: Profile, systems: list[str], train: Embeddings, test: Embeddings, split: Split, progress: bool = True
-) -> tuple[dict[tuple[str, str], SystemScores], list[dict]]:
-    """Fit every system with every training seed and score it on test, several systems side by side where there is no GPU.
+# ---------------------------------------------------------------------------------------------- Table 1: scores on test
+def score_table(profile: Profile, systems: list[str], train: Embeddings, test: Embeddings,
+                split: Split) -> tuple[Scores, list[dict]]:
+    """Fit every system with every training seed and score it on test, several side by side where there is no GPU.
 
     Args:
         systems: names of the registry, and "text_floor".
         split: the test split, for recordings and labels.
 
     Returns:
-        ((system, space) -> scores; the rows for ``metrics.csv``). A centred system is also scored in its own space, text_to_audio in
-        space audio alone: its mapped texts among the sounds. Parts of the split (``test:seen``) have the watched metrics; the paired
-        differences that the verdict rules ask for are among the rows.
+        ((system, space) -> scores; the rows for ``metrics.csv``). A centred system is also scored in its own space,
+        text_to_audio in space audio alone: its mapped texts among the sounds. Parts of the split (``test:seen``) have
+        the watched metrics. The paired differences that the verdict rules ask for are among the rows.
     """
     place = [split.clip_ids.index(clip_id) for clip_id in test.clip_ids]               # clips may have been skipped
     frame = split.frame.iloc[place]
@@ -315,149 +272,122 @@ def score_table(
         "test:seen": (frame.seen == "1").to_numpy(), "test:unseen": (frame.seen == "0").to_numpy(),
         "test:new_source": (frame.shares_source == "0").to_numpy(),
     } if "seen" in frame else {}
-    shared: dict[str, Any] = {"experiment": "gap", "dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
-    fitted = fit_systems(profile, [system for system in systems if system != "text_floor"], train, progress=progress)
+    shared: dict[str, Any] = {"dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
+    fitted = fit_systems(profile, [system for system in systems if system != "text_floor"], train)
     peers = {system: {seed: peer for (name, seed), peer in fitted.items() if name == system} for system in systems}
-    parts = [(system, peers[system], test, labels, draws, subsets, profile.noise_seeds, shared) for system in systems]
-    scores: dict[tuple[str, str], SystemScores] = {}
+    parts = [(system, peers[system], test, labels, draws, subsets, profile.noise_seeds,
+              shared | {"experiment": "gap"}) for system in systems]
+    scores: Scores = {}
     rows: list[dict] = []
-    for system, (of_system, rows_of_system) in zip(systems, side_by_side(_score, parts, profile.processes, gb_each=1.2), strict=True):
+    for part, (of_system, its_rows) in zip(parts, side_by_side(_score, parts, profile.processes, 1.2), strict=True):
         scores |= of_system
-        rows += rows_of_system
-        if system == "text_floor":
-            continue
-        space, source = ("audio", opposite(test)) if system == "text_to_audio" else ("text", test)
-        peer = next(iter(peers[system].values()))
-        costs = {"parameters": peer.num_parameters, "ms_per_1000": time_per_1000(peer, source.audio)}
-        rows += [{**shared, "system": system, "split": "test", "space": space, "seed": "all", "noise_seed": "all", "n_items": len(test.clip_ids),
-                  "metric": metric, "value": value} for metric, value in costs.items()]
-    ours = scores.get(("diffusion_link", "text"))
+        rows += its_rows
+        for peer in list(part[1].values())[:1]:
+            (space, *_), source = _spaces(part[0], peer, test)
+            batch = source.audio[torch.arange(1000) % len(source.audio)]
+            seconds = median(repeat(partial(peer, batch), number=1, repeat=3))
+            rows += [{**part[-1], "system": part[0], "split": "test", "space": space, "seed": "all",
+                      "noise_seed": "all", "n_items": len(test.clip_ids), "metric": metric, "value": value}
+                     for metric, value in (("parameters", peer.num_parameters), ("ms_per_1000", 1000 * seconds))]
+    pair: dict[str, Any] = {**shared, "experiment": "gap:paired", "split": "test", "space": "text"}
     for baseline in comparisons("gap"):
-        if ours and (baseline, "text") in scores:
-            rows += paired_difference(ours, scores[baseline, "text"], **{**shared, "experiment": "gap:paired"}, split="test", space="text")
+        if {("diffusion_link", "text"), (baseline, "text")} <= scores.keys():
+            rows += paired_difference(scores["diffusion_link", "text"], scores[baseline, "text"], **pair)
     return scores, rows
 
 
-def _score(
-    system: str, peers: dict[int, Peer], test: Embeddings, labels: list[frozenset[str]] | None, draws: Draws, subsets: dict[str, NDArray],
-    noise_seeds: tuple[int, ...], shared: dict[str, Any],
-) -> tuple[dict[tuple[str, str], SystemScores], list[dict]]:
+def _spaces(system: str, peer: Peer, test: Embeddings) -> tuple[tuple[str, ...], Embeddings]:
+    """The spaces that a system is scored in, and what it maps: text_to_audio first captions, looked for among sounds."""
+    if system == "text_to_audio":
+        clips = torch.arange(len(test.clip_ids))
+        return ("audio",), replace(test, audio=test.first_text, text=test.audio, text_clip=clips, captions=[])
+    return ("text", "centred") if peer.centred else ("text",), test
+
+
+def _score(system: str, peers: dict[int, Peer], test: Embeddings, labels: list[frozenset[str]] | None, draws: Draws,
+           subsets: dict[str, NDArray], noise_seeds: tuple[int, ...], shared: dict) -> tuple[Scores, list[dict]]:
     """What ``score_table`` returns, of one system, given the peer of every training seed."""
     if system == "text_floor":
         mapped, reference = text_floor(test, make_reference(test, labels))
-        floor = score_system(system, [(0, 0, mapped)], reference, draws)
+        floor = score_clips(system, [(0, 0, gap_functions(mapped, reference))], draws)
         return {(system, "text"): floor}, floor.rows(**shared, split="test", space="text")
-    scores: dict[tuple[str, str], SystemScores] = {}
+    scores: Scores = {}
     rows: list[dict] = []
     peer = next(iter(peers.values()))
-    spaces, source = (("audio",), opposite(test)) if system == "text_to_audio" else (("text", "centred") if peer.centred else ("text",), test)
+    spaces, source = _spaces(system, peer, test)
     for space in spaces:
-        reference = make_reference(source, labels, (peer.audio_mean.float(), peer.text_mean.float()) if space == "centred" else None)
+        means = (peer.audio_mean.float(), peer.text_mean.float()) if space == "centred" else None
+        reference = make_reference(source, labels, means)
         runs = [run for seed, of_seed in peers.items()
                 for run in map_runs(of_seed, source.audio, seed, noise_seeds, "text" if space == "audio" else space)]
         functions = [(seed, noise_seed, gap_functions(vectors, reference)) for seed, noise_seed, vectors in runs]
         scores[system, space] = score_clips(system, functions, draws)
         rows += scores[system, space].rows(**shared, split="test", space=space)
-        watched = [(seed, noise_seed, {metric: of_run[metric] for metric in WATCHED}) for seed, noise_seed, of_run in functions]
+        watched = [(seed, noise, {metric: of_run[metric] for metric in WATCHED}) for seed, noise, of_run in functions]
         for name, mask in subsets.items() if space == "text" else ():
-            rows += score_clips(system, watched, draws, mask, heavy_samples=0).rows(each_run=False, **shared, split=name, space=space)
+            part = score_clips(system, watched, draws, mask, heavy_samples=0)
+            rows += part.rows(each_run=False, **shared, split=name, space=space)
     return scores, rows
 
 
-def opposite(embeddings: Embeddings) -> Embeddings:
-    """A split with the roles swapped, for text_to_audio: the first caption of each clip is what is mapped, its sound what is looked for."""
-    return replace(embeddings, audio=embeddings.first_text, text=embeddings.audio, text_clip=torch.arange(len(embeddings.clip_ids)), captions=[])
+def record_rows(profile: Profile, rows: list[dict]) -> None:
+    """Write rows to ``metrics.csv`` in place of those of the same experiment, split, system, space and decoding.
+
+    All other rows stay: a quick run takes nothing away from what a longer one scored.
+    """
+    file = MetricsFile(profile)
+    frame = pd.DataFrame([{"space": "text", "decoding": "", **row} for row in rows])
+    for (space, decoding), made in frame.groupby(["space", "decoding"]):
+        lists = {column: made[column].unique().tolist() for column in ("experiment", "split", "system")}
+        file.remove(space=space, decoding=decoding, **lists)
+    file.add(rows)
 
 
-def time_per_1000(peer: Peer, audio: Tensor, repeats: int = 3) -> float:
-    """Milliseconds to map 1,000 vectors, the median of ``repeats`` calls, or of those that a second had room for."""
-    batch = audio[torch.arange(1000) % len(audio)]
-    times: list[float] = []
-    while len(times) < repeats and sum(times) < 1000:
-        started = time.perf_counter()
-        peer(batch)
-        times.append(1000 * (time.perf_counter() - started))
-    return sorted(times)[len(times) // 2]
-
-
-
-
-# ----------------------------------------------------------------------------------------------------
-# What Table 2 runs: caption decoders fitted once and kept, every system's vectors put into words, the words scored on test.
-
-
-IN_USE: WeakValueDictionary[Path, LLMCaptioner] = WeakValueDictionary()       # decoders that somebody holds, by their checkpoint
-GB_EACH = 2.3         # memory of a fit, or of a decoder at work, with SmolLM2-135M in float32: 2.1 GB were measured
+# ------------------------------------------------------------------------------------------- Table 2: rows and decoders
+IN_USE: WeakValueDictionary[Path, LLMCaptioner] = WeakValueDictionary()       # decoders that somebody holds
 NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed
 VAL_CLIPS = 128       # clips whose first caption makes the decoder's loss on val [ours]
-TEXT_DECODERS = {     # decoders that are trained on text vectors alone: name -> what is done to the vectors
-    "text": "the text vectors as they are",
-    "text_noised": "norm(t + N(0, v I)), v as in Table 1's capdec [peer: CapDec]",
-    "text_centred": "norm(centred t + N(0, v I)), v as in Table 1's c3 [peer: C3]",
-    "text_bridged": "centred t through the text-only diffusion chain from k = 400 [peer: Diffusion Bridge]",
+TEXT_DECODERS = {     # decoders that are trained on text vectors alone: name -> the system whose mapping they need
+    "text": "raw",                         # the text vectors as they are
+    "text_noised": "capdec",               # norm(t + N(0, v I)), v as in Table 1 [peer: CapDec]
+    "text_centred": "c3",                  # norm(centred t + N(0, v I)), v as in Table 1 [peer: C3]
+    "text_bridged": "diffusion_bridge",    # centred t through the text-only chain from k = 400 [peer: Diffusion Bridge]
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 2: the vectors of ``system``, read in ``space``, go into ``decoder``.
+    """A row of Table 2: the vectors of ``system``, read in ``space``, go into ``decoder``."""
 
-    Attributes:
-        system: a name of ``dl.peers.REGISTRY``, or text_ceiling (the vector of the clip's first reference).
-        decoder: a name of ``TEXT_DECODERS``, or the system whose vectors of the training sounds trained it.
-        space: text, or centred for a method whose own decoder lives in the centred text space.
-    """
-
-    system: str
-    decoder: str = "text"
-    space: str = "text"
+    system: str               # a name of ``dl.peers.REGISTRY``, or text_ceiling: the vector of the first reference
+    decoder: str = "text"     # of ``TEXT_DECODERS``, or the system whose vectors of the training sounds trained it
+    space: str = "text"       # or centred, for a method whose own decoder lives in the centred text space
 
 
 ZERO_SHOT = tuple(Row(system) for system in ("raw", "ridge", "diffusion_bridge", "diffusion_link", "text_ceiling"))
 SUPERVISED = (Row("raw", "raw"), Row("diffusion_link", "diffusion_link"))
-OWN_DECODERS = (Row("capdec", "text_noised"), Row("c3", "text_centred", "centred"), Row("diffusion_bridge", "text_bridged", "centred"))
+OWN_DECODERS = (Row("capdec", "text_noised"), Row("c3", "text_centred", "centred"),
+                Row("diffusion_bridge", "text_bridged", "centred"))
 
 
 def zero_shot_rows(profile: Profile, full: bool = False, own_decoders: bool = True) -> tuple[Row, ...]:
     """The rows of the zero-shot setting.
 
     Args:
-        full: every mapping that has a closed form or was tuned on val (an untuned one would be compared unfairly), and the methods
-            with decoders of their own. ``capdec`` with the common decoder would be ``raw`` once more and is left out.
+        full: every mapping that has a closed form or was tuned on val (an untuned one would be compared unfairly), and
+            the methods with decoders of their own. ``capdec`` with the common decoder would be ``raw`` once more.
         own_decoders: False leaves the latter out of a full run: three more decoders a seed.
     """
     if not full:
         return ZERO_SHOT
-    tuned = [name for name, peer in REGISTRY.items() if name not in ("capdec", "text_to_audio")
-             and (not getattr(peer, "trained", False) or chosen(profile, name))]
-    return (*(Row(name) for name in tuned), *(OWN_DECODERS if own_decoders else ()), Row("text_ceiling"))
+    tuned = [name for name, peer in REGISTRY.items()
+             if name not in ("capdec", "text_to_audio") and (not peer.trained or chosen(profile, name))]
+    return (*map(Row, tuned), *(OWN_DECODERS if own_decoders else ()), Row("text_ceiling"))
 
 
 def supervised_rows(full: bool = False) -> tuple[Row, ...]:
     """The rows of the supervised setting; ``full`` adds ridge, the control."""
     return (*SUPERVISED, Row("ridge", "ridge")) if full else SUPERVISED
-
-
-# -------------------------------------------------------------------------------------------------------------- vectors
-def caption_pairs(embeddings: Embeddings, split: Split | None = None) -> tuple[Tensor, list[str]]:
-    """Text vectors and their captions, one row a caption.
-
-    Args:
-        embeddings: of any split.
-        split: the data they were made from; where given, the captions are compared with it.
-
-    Returns:
-        (text vectors (N, D), N captions), row by row.
-
-    Raises:
-        ValueError: the embeddings hold other captions than the split.
-    """
-    if split is not None:
-        place = {clip_id: i for i, clip_id in enumerate(split.clip_ids)}
-        expected = [caption for clip_id in embeddings.clip_ids for caption in split.captions[place[clip_id]]]
-        if expected != embeddings.captions:
-            raise ValueError(f"the embeddings of split '{embeddings.split}' hold other captions than {embeddings.split}.csv: run notebook 02 again")
-    return embeddings.text, embeddings.captions
 
 
 def system_vectors(profile: Profile, row: Row, train: Embeddings, embeddings: Embeddings, seed: int) -> Tensor:
@@ -468,38 +398,35 @@ def system_vectors(profile: Profile, row: Row, train: Embeddings, embeddings: Em
     return peer(embeddings.audio, noise_seed=NOISE_SEED, space=row.space)
 
 
-def decoder_pairs(profile: Profile, decoder: str, train: Embeddings, seed: int, of: Embeddings | None = None) -> tuple[Tensor, list[str]]:
-    """What trains a decoder: vectors and captions, one row a caption.
+def decoder_pairs(profile: Profile, decoder: str, train: Embeddings, seed: int,
+                  of: Embeddings | None = None) -> tuple[Tensor, list[str]]:
+    """What trains a decoder: vectors and captions, one row a caption; a sound's vector goes with each of its captions.
 
     Args:
-        decoder: see :class:`Row`. A sound's vector is paired with each of its captions.
+        decoder: see :class:`Row`.
         train: the training split, on which mappings are fitted.
         seed: of the mapping, and of the noise of ``text_noised`` and ``text_centred`` (one draw a caption).
         of: the split whose pairs are wanted; None takes ``train``.
 
     Returns:
         (vectors (N, D) float32, unit norm; N captions).
-
-    Raises:
-        ValueError: no decoder or system has that name.
     """
     of = train if of is None else of
-    text, captions = caption_pairs(of)
-    noise = torch.randn(text.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(of.text.shape, generator=torch.Generator().manual_seed(seed))
     if decoder == "text":
-        return text, captions
+        return of.text, of.captions
     if decoder == "text_noised":
-        return normalize(text + build("capdec", **chosen(profile, "capdec")).decoder_noise_variance ** 0.5 * noise, dim=1), captions
+        variance = build("capdec", **chosen(profile, "capdec")).decoder_noise_variance
+        return normalize(of.text + variance**0.5 * noise, dim=1), of.captions
     if decoder == "text_centred":
         peer = fit_system(profile, "c3", train)
-        return normalize(centre(text, peer.text_mean) + peer.decoder_noise_variance ** 0.5 * noise, dim=1), captions
+        centred = centre(of.text, peer.text_mean)
+        return normalize(centred + peer.decoder_noise_variance**0.5 * noise, dim=1), of.captions
     if decoder == "text_bridged":
         bridge = fit_system(profile, "diffusion_bridge", train, seed)
         assert isinstance(bridge, DiffusionBridge)
-        return bridge.map_text(text), captions
-    if decoder not in REGISTRY:
-        raise ValueError(f"unknown decoder {decoder!r}: choose one of {', '.join([*TEXT_DECODERS, *REGISTRY])}")
-    return system_vectors(profile, Row(decoder), train, of, seed)[of.text_clip], captions
+        return bridge.map_text(of.text), of.captions
+    return system_vectors(profile, Row(decoder), train, of, seed)[of.text_clip], of.captions
 
 
 def disjoint_halves(embeddings: Embeddings, split: Split, seed: int = 0) -> tuple[Embeddings, Embeddings]:
@@ -522,22 +449,17 @@ def select_clips(embeddings: Embeddings, clips: list[int]) -> Embeddings:
     new = torch.full((len(embeddings.clip_ids),), -1)
     new[clips] = torch.arange(len(clips))
     rows = (new[embeddings.text_clip] >= 0).nonzero().squeeze(1)
-    return replace(embeddings, clip_ids=[embeddings.clip_ids[i] for i in clips], audio=embeddings.audio[clips], text=embeddings.text[rows],
-                   text_clip=new[embeddings.text_clip[rows]], captions=[embeddings.captions[i] for i in rows.tolist()])
+    return replace(embeddings, clip_ids=[embeddings.clip_ids[i] for i in clips], audio=embeddings.audio[clips],
+                   text=embeddings.text[rows], text_clip=new[embeddings.text_clip[rows]],
+                   captions=[embeddings.captions[i] for i in rows.tolist()])
 
 
-# ------------------------------------------------------------------------------------------------------------ fits, captions
 @dataclass(frozen=True)
 class DecoderFit:
-    """A decoder's training data and where its fit is kept; ``load`` trains it, or reads it if that was done before.
-
-    Attributes:
-        name: of the decoder (see :class:`Row`).
-        train, val: the splits whose pairs train and watch it.
-    """
+    """A decoder's training data and where its fit is kept; ``load`` trains it, or reads it if that was done before."""
 
     profile: Profile
-    name: str
+    name: str                 # see :class:`Row`
     seed: int
     train: Embeddings
     val: Embeddings
@@ -547,28 +469,22 @@ class DecoderFit:
         """What decides the fit; no mapping is fitted for it."""
         captioner = self.profile.captioner
         settings = {name: value for name, value in asdict(captioner).items() if name not in DECODING_FIELDS}
-        mapping = {"text": "raw", "text_noised": "capdec", "text_centred": "c3", "text_bridged": "diffusion_bridge"}.get(self.name, self.name)
-        return key("decoder", DECODER_RECIPE, settings=settings, dtype=number_format(captioner.dtype), seed=self.seed, trained_on=self.name,
-                   language_model=language_model_version(captioner.language_model, captioner.revision),
-                   mapping=mapping_key(self.profile, mapping, self.train, self.seed), data=self.train.key, val=self.val.key)
+        mapping = mapping_key(self.profile, TEXT_DECODERS.get(self.name, self.name), self.train, self.seed)
+        return key("decoder", DECODER_RECIPE, settings=settings, dtype=number_format(captioner.dtype), seed=self.seed,
+                   trained_on=self.name, mapping=mapping, data=self.train.key, val=self.val.key,
+                   language_model=language_model_version(captioner.language_model, captioner.revision))
 
     @property
     def path(self) -> Path:
         """The fit's checkpoint."""
         return self.profile.cache_dir / "captioners" / f"{self.name}-{self.seed}-{self.key.digest}.safetensors"
 
-    @cached_property
-    def pairs(self) -> tuple[Tensor, list[str]]:
-        """What trains it: vectors and captions (:func:`decoder_pairs`)."""
-        return decoder_pairs(self.profile, self.name, self.train, self.seed)
-
-    @cached_property
+    @property
     def val_pairs(self) -> tuple[Tensor, list[str]]:
         """What watches it: the first caption of every clip of ``val``."""
         vectors, captions = decoder_pairs(self.profile, self.name, self.train, self.seed, self.val)
-        counts = torch.bincount(self.val.text_clip)
-        first = counts.cumsum(0) - counts
-        return vectors[first], [captions[i] for i in first.tolist()]
+        first = np.unique(self.val.text_clip, return_index=True)[1]
+        return vectors[first], [captions[i] for i in first]
 
     def load(self, progress: bool = False, accelerator: Accelerator | None = None) -> LLMCaptioner:
         """The fitted captioner in eval mode, its history (step, loss, val_loss, lr) as the attribute ``history``.
@@ -577,7 +493,7 @@ class DecoderFit:
         """
         if (captioner := IN_USE.get(self.path)) is not None and self.path.is_file():
             return captioner
-        vectors, captions = self.pairs
+        vectors, captions = decoder_pairs(self.profile, self.name, self.train, self.seed)
         captioner = LLMCaptioner(vectors.shape[1], self.profile.captioner, seed=self.seed)
         captioner.history = train_captioner(captioner, vectors, captions, seed=self.seed, checkpoint_path=self.path,
                                             val=self.val_pairs, progress=progress, accelerator=accelerator)
@@ -586,133 +502,124 @@ class DecoderFit:
 
 
 def decoder_fit(profile: Profile, train_on: str, seed: int, train: Embeddings, val: Embeddings) -> DecoderFit:
-    """The fit of the decoder called ``train_on``; nothing is trained yet. Its loss on val: the first captions of the first clips."""
+    """The fit of the decoder called ``train_on``; nothing is trained yet. The first clips of ``val`` watch it.
+
+    Raises:
+        ValueError: no decoder or system has that name.
+
+    Example:
+        >>> decoder_fit(profile, "text", 0, train, val).load().generate(test.first_text[:2])
+    """
     if train_on not in TEXT_DECODERS and train_on not in REGISTRY:
         raise ValueError(f"unknown decoder {train_on!r}: choose one of {', '.join([*TEXT_DECODERS, *REGISTRY])}")
     return DecoderFit(profile, train_on, seed, train, select_clips(val, list(range(min(VAL_CLIPS, len(val.clip_ids))))))
 
 
-def fit_captioner(profile: Profile, train_on: str, seed: int, train: Embeddings, val: Embeddings, progress: bool = False) -> LLMCaptioner:
-    """A decoder trained on ``train_on``: read from the cache, gone on with where it was interrupted, or trained.
-
-    Args:
-        train_on: "text", another of ``TEXT_DECODERS``, "raw", or the name of a mapping.
-        seed: of the projector, the adapter, the order of the batches, and of the mapping.
-        train, val: the splits; val only watches.
-
-    Example:
-        >>> fit_captioner(profile, "text", 0, train, val).generate(test.first_text[:2])
-    """
-    return decoder_fit(profile, train_on, seed, train, val).load(progress)
-
-
+# ------------------------------------------------------------------------------------------ Table 2: captions and scores
 def decoding_name(num_beams: int) -> str:
     """How metrics.csv calls it: greedy, beam 4."""
     return "greedy" if num_beams == 1 else f"beam {num_beams}"
 
 
-def caption_file(profile: Profile, row: Row, fit: DecoderFit, mapping: Key | str, test: Embeddings, num_beams: int | None = None) -> Path:
-    """The cache file of a row's captions: named by the decoder, the mapping, the clips and the decoding.
+def _caption_path(fit: DecoderFit, row: Row, test: Embeddings, beams: int, vectors: Tensor | None = None) -> Path:
+    """The cache file of a row's captions; its name holds decoder, mapping or the vectors given, clips and decoding."""
+    mapping: Key | str = content(vectors) if vectors is not None else mapping_key(
+        fit.profile, row.system, fit.train, fit.seed, row.space)
+    name = key("captions", DECODER_RECIPE, decoder=fit.key, mapping=mapping, clips=test.key, beams=beams,
+               max_new_tokens=fit.profile.captioner.max_new_tokens)
+    decoding = decoding_name(beams).replace(" ", "")
+    file = f"{row.decoder}-{row.system}-{row.space}-{fit.seed}-{decoding}-{name.digest}.json"
+    return fit.profile.cache_dir / "captions" / file
 
-    Args:
-        mapping: :func:`mapping_key`, or the content of vectors that come from elsewhere.
-    """
-    beams = num_beams or profile.captioner.num_beams
-    name = key("captions", DECODER_RECIPE, decoder=fit.key, mapping=mapping, clips=test.key, beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
-    file = f"{row.decoder}-{row.system}-{row.space}-{fit.seed}-{decoding_name(beams).replace(' ', '')}-{name.digest}.json"
-    return profile.cache_dir / "captions" / file
+
+def _read_texts(path: Path, n: int) -> list[str] | None:
+    """The n captions of a cache file; None where there is no file, and, with a line on stderr, where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        texts = None
+    if isinstance(texts, list) and len(texts) == n and all(isinstance(text, str) for text in texts):
+        return texts
+    print(f"captions {path} are damaged (not {n} texts): they are generated anew", file=sys.stderr, flush=True)
+    return None
 
 
-def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embeddings, val: Embeddings, test: Embeddings, *,
-                 num_beams: int | None = None, vectors_of: Callable[[Row], Tensor] | None = None, progress: bool = False) -> dict[Row, list[str]]:
+def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embeddings, val: Embeddings,
+                 test: Embeddings, *, num_beams: int | None = None,
+                 vectors_of: Callable[[Row], Tensor] | None = None) -> dict[Row, list[str]]:
     """The captions of the test clips for every row, one training seed; what the cache holds is not generated again.
 
     Args:
-        rows: rows with one decoder follow each other or not, it is loaded once.
         num_beams: None takes the profile's; 1 is greedy.
         vectors_of: row -> (n, D), where the vectors are not those of :func:`system_vectors`.
 
     Returns:
         row -> n captions.
     """
-    rows, found = list(rows), {}
-    beams = profile.captioner.num_beams if num_beams is None else num_beams
-    for decoder in dict.fromkeys(row.decoder for row in rows):
+    rows, found, beams = list(rows), {}, num_beams or profile.captioner.num_beams
+    for decoder in dict.fromkeys(row.decoder for row in rows):              # each is loaded once
         fit, captioner = decoder_fit(profile, decoder, seed, train, val), None
         for row in (row for row in rows if row.decoder == decoder):
             vectors = vectors_of(row) if vectors_of else None
-            mapping = mapping_key(profile, row.system, train, seed, row.space) if vectors is None else content(vectors)
-            path = caption_file(profile, row, fit, mapping, test, beams)
-            if (texts := read_texts(path, len(test.clip_ids))) is None:
+            path = _caption_path(fit, row, test, beams, vectors)
+            if (texts := _read_texts(path, len(test.clip_ids))) is None:
                 vectors = system_vectors(profile, row, train, test, seed) if vectors is None else vectors
-                captioner = captioner or fit.load(progress)
+                captioner = captioner or fit.load()
                 texts = captioner.generate(vectors, num_beams=beams, max_new_tokens=profile.captioner.max_new_tokens)
                 atomic_write(path, json.dumps(texts, indent=0))
             found[row] = texts
     return {row: found[row] for row in rows}
 
 
-def caption_seeds(profile: Profile, rows: Iterable[Row], seeds: Iterable[int], train: Embeddings, val: Embeddings, test: Embeddings, *,
-                  num_beams: int | None = None) -> dict[int, dict[Row, list[str]]]:
-    """:func:`caption_rows` for several training seeds; where there is no GPU, decoders are fitted and captions generated side by side.
+def caption_seeds(profile: Profile, rows: Iterable[Row], seeds: Iterable[int], train: Embeddings, val: Embeddings,
+                  test: Embeddings, *, num_beams: int | None = None) -> dict[int, dict[Row, list[str]]]:
+    """:func:`caption_rows` for several training seeds; without a GPU, decoders and captions are made side by side.
 
     Returns:
         seed -> row -> n captions.
     """
     rows, seeds = list(rows), list(seeds)
-    if profile.processes != 1 and not torch.accelerator.is_available():       # on a GPU, which two decoders may not fit, rows follow each other
-        lists = [(row, seed) for row in rows for seed in seeds]
-        missing = [(row, seed) for row, seed in lists if not caption_file(
-            profile, row, decoder_fit(profile, row.decoder, seed, train, val), mapping_key(profile, row.system, train, seed, row.space), test,
-            num_beams).is_file()]
-        fits = dict.fromkeys((row.decoder, seed) for row, seed in missing)
-        side_by_side(_keep_decoder, [(profile, decoder, seed, train, val) for decoder, seed in fits], profile.processes, GB_EACH)
-        side_by_side(_keep_captions, [(profile, row, seed, train, val, test, num_beams) for row, seed in lists if missing], profile.processes, GB_EACH)
+
+    def fit(decoder: str, seed: int) -> DecoderFit:
+        return decoder_fit(profile, decoder, seed, train, val)
+
+    def keep_decoder(decoder: str, seed: int) -> None:
+        fit(decoder, seed).load()
+
+    def keep_captions(row: Row, seed: int) -> None:
+        caption_rows(profile, [row], seed, train, val, test, num_beams=num_beams)
+
+    if profile.processes != 1 and not torch.accelerator.is_available():       # a GPU may not hold two decoders
+        beams = num_beams or profile.captioner.num_beams
+        missing = [(row, seed) for row in rows for seed in seeds
+                   if not _caption_path(fit(row.decoder, seed), row, test, beams).is_file()]
+        decoders = dict.fromkeys((row.decoder, seed) for row, seed in missing)
+        side_by_side(keep_decoder, decoders, profile.processes, GB_EACH)
+        side_by_side(keep_captions, missing, profile.processes, GB_EACH)
     return {seed: caption_rows(profile, rows, seed, train, val, test, num_beams=num_beams) for seed in seeds}
 
 
-def _keep_decoder(profile: Profile, decoder: str, seed: int, train: Embeddings, val: Embeddings) -> None:
-    decoder_fit(profile, decoder, seed, train, val).load()
-
-
-def _keep_captions(profile: Profile, row: Row, seed: int, train: Embeddings, val: Embeddings, test: Embeddings, num_beams: int | None) -> None:
-    caption_rows(profile, [row], seed, train, val, test, num_beams=num_beams)
-
-
-def read_texts(path: Path, n: int) -> list[str] | None:
-    """The n captions of a cache file; None where there is no file, and, with a line on stderr, where it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(texts, list) and len(texts) == n and all(isinstance(text, str) for text in texts):
-            return texts
-        reason = f"not {n} captions"
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:100]
-    print(f"captions {path} are damaged ({reason}): they are generated anew", file=sys.stderr, flush=True)
-    return None
-
-
 def disjoint_rows(profile: Profile, seed: int, train: Embeddings, split: Split, val: Embeddings, test: Embeddings, *,
-                  num_beams: int | None = None, progress: bool = False) -> dict[Row, list[str]]:
-    """The strict zero-shot rows raw, ridge and diffusion_link: the mapping learns from one half of the recordings, the decoder from the other.
+                  num_beams: int | None = None) -> dict[Row, list[str]]:
+    """The strict zero-shot rows: the mapping learns from one half of the recordings, the decoder from the other.
 
     Args:
-        split: the training split, for its recordings. A clip that mixes both halves serves neither, so that both learn from less.
+        split: the training split, for its recordings. A clip that mixes both halves serves neither.
     """
     for_mapping, for_decoder = disjoint_halves(train, split)
+
     def vectors(row: Row) -> Tensor:
         return fit_system(profile, row.system, for_mapping, seed)(test.audio, noise_seed=NOISE_SEED)
 
     rows = (Row("raw"), Row("ridge"), Row("diffusion_link"))
-    return caption_rows(profile, rows, seed, for_decoder, val, test, num_beams=num_beams, vectors_of=vectors, progress=progress)
+    return caption_rows(profile, rows, seed, for_decoder, val, test, num_beams=num_beams, vectors_of=vectors)
 
 
-# --------------------------------------------------------------------------------------------------------- scores and files
-def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict[Row, list[str]]], test: Embeddings, split: Split, *,
-                     num_beams: int | None = None, strict: bool | None = None) -> CaptionResults:
-    """Score a setting's captions; its rows in ``metrics.csv`` and its file in ``captions/`` replace those of an earlier run.
+def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict[Row, list[str]]], test: Embeddings,
+                     split: Split, *, num_beams: int | None = None, strict: bool | None = None) -> CaptionResults:
+    """Score a setting's captions, record its rows (:func:`record_rows`), and write its file in ``captions/``.
 
     Args:
         experiment: zero_shot, zero_shot:disjoint or supervised.
@@ -723,18 +630,15 @@ def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict
     Returns:
         the scores, those of each clip among them.
     """
-    decoding = decoding_name(profile.captioner.num_beams if num_beams is None else num_beams)
+    decoding = decoding_name(num_beams or profile.captioner.num_beams)
     runs: dict[tuple[str, str], list[Run]] = {}
     for seed, of_row in captions.items():
         for row, texts in of_row.items():
             runs.setdefault((row.system, row.space), []).append((seed, NOISE_SEED, texts))
-    results = score_caption_runs(profile, experiment, runs, split, clip_ids=test.clip_ids, decoding=decoding, strict=strict)
-    name, references = experiment.replace(":", "-"), [split.captions[split.clip_ids.index(clip_id)] for clip_id in test.clip_ids]
-    written = write_candidates(candidates_path(profile, name, decoding), test.clip_ids, runs, references)
-    for path in {written.with_name(f"{name}.csv"), *written.parent.glob(f"{name}_*.csv")} - {written}:
-        path.unlink(missing_ok=True)
-    file = MetricsFile(profile)
-    for recorded in (experiment, f"{experiment}:paired"):
-        file.remove(experiment=recorded)
-    file.add(results.rows)
+    results = score_caption_runs(profile, experiment, runs, split, clip_ids=test.clip_ids, decoding=decoding,
+                                 strict=strict)
+    references = [split.captions[split.clip_ids.index(clip_id)] for clip_id in test.clip_ids]
+    path = candidates_path(profile, experiment.replace(":", "-"), decoding)
+    write_candidates(path, test.clip_ids, runs, references)
+    record_rows(profile, results.rows)
     return results

@@ -1,21 +1,18 @@
-"""What the notebooks' figures share: colours, style, files, the sound player, and two figures that the local page shows too.
+"""What the notebooks' figures share: colours, style, files, the sound player, and two figures that the local page shows.
 
-Colours and markers belong to roles (Okabe-Ito, readable without colour): audio orange circles, text blue squares, bridged green
-triangles. Figures are 3.3 or 6.9 inches wide (one column or the page), 8 pt. A figure that one notebook shows stands in it.
+Colours and markers belong to roles (Okabe-Ito, readable without colour): audio orange circles, text blue squares,
+bridged green triangles. Figures are 3.3 or 6.9 inches wide (one column or the page), 8 pt.
 """
 from __future__ import annotations
 
 import base64
 import html
 import io
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,66 +29,51 @@ from dl.data import Split
 from dl.store import atomic_write
 
 if TYPE_CHECKING:
-    import ipywidgets
     from IPython.display import HTML
 
-Given = ParamSpec("Given")
-Drawn = TypeVar("Drawn")                                # a Figure, or a Figure and the data behind it
 COLUMN, PAGE = 3.3, 6.9                                   # inches wide
 COLOURS = {"audio": "#E69F00", "text": "#0072B2", "bridged": "#009E73"}
 MARKERS = {"audio": "o", "text": "s", "bridged": "^"}
-MANY_POINTS = 100                                         # a larger cloud is drawn as an image inside PDF and SVG: small files
+MANY_POINTS = 100                                         # a larger cloud is an image inside PDF and SVG: small files
 GREY = "#8C8C8C"                                          # chance, baselines, what belongs to no role
-FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None},
+           "png": {"Software": None}}
 STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7,
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"],      # Verdana: for readers of the SVG without DejaVu
+    "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
+    "legend.fontsize": 7, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"],
     "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
-    "lines.markersize": 4, "figure.dpi": 110, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-    "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "diffusion-link",
+    "lines.markersize": 4, "figure.dpi": 110, "legend.frameon": False, "axes.spines.top": False,
+    "axes.spines.right": False, "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "diffusion-link",
 }
-DOTS_PER_INCH, PALETTE = 160, 256                         # of the PNG; curves, text and one colour map need no more colours
-
-
-# ------------------------------------------------------------------------------------------------------------ style and files
-@contextmanager
-def style() -> Iterator[None]:
-    """The house's style inside a ``with``; the caller's settings come back after it (those of the notebook's backend are left alone)."""
-    ours = sns.axes_style("ticks") | STYLE
-    before = {key: plt.rcParams[key] for key in ours}
-    plt.rcParams.update(ours)
-    try:
-        yield
-    finally:
-        plt.rcParams.update(before)
+DOTS_PER_INCH, PALETTE = 160, 256                         # of the PNG; curves, text and one colour map need no more
+PLAYER_RATE = 24_000                                      # Hz
+OPUS_LEVEL = 0.95                                         # libsndfile's compression level: about 21 kbit/s
 
 
 def set_style() -> None:
-    """The house's style for all figures that a notebook draws from here on."""
+    """The house's style for all figures from here on."""
     plt.rcParams.update(sns.axes_style("ticks") | STYLE)
 
 
-def house_style(function: Callable[Given, Drawn]) -> Callable[Given, Drawn]:
-    """Decorator: run a figure function in the house's style."""
-    @wraps(function)
-    def styled(*args: Given.args, **kwargs: Given.kwargs) -> Drawn:
-        with style():
-            return function(*args, **kwargs)
-    return styled
+@contextmanager
+def style() -> Iterator[None]:
+    """The house's style inside a ``with``, or of a decorated function; the caller's settings come back after it."""
+    with plt.rc_context(sns.axes_style("ticks") | STYLE):
+        yield
 
 
 def save_figure(profile: Profile, figure: Figure, name: str, data: pd.DataFrame) -> Path:
     """Write ``results/<profile>/figures/<name>.{pdf,svg,png}`` and the data behind the figure as ``<name>.csv``.
 
-    Every file is written whole or not at all; equal figures give equal bytes (no dates, fixed ids in the SVG). The files are small:
-    text stays text in the SVG and coordinates keep hundredths of a point, the PNG has a palette.
+    Every file is written whole or not at all; equal figures give equal bytes (no dates, fixed ids in the SVG). The SVG
+    keeps text as text and coordinates in hundredths of a point; the PNG (160 dots an inch) has a palette.
 
     Args:
         name: file name without a suffix; begins with the notebook's number ("02_retrieval").
         data: the numbers that the figure shows; floats keep 5 significant digits.
 
     Returns:
-        The path of the PNG (160 dots an inch).
+        The path of the PNG.
     """
     return write_figure(profile.results_dir / "figures", figure, name, data)
 
@@ -102,37 +84,34 @@ def write_figure(folder: Path, figure: Figure, name: str, data: pd.DataFrame) ->
         file = io.BytesIO()
         with style():
             figure.savefig(file, format=suffix, dpi=DOTS_PER_INCH, metadata=metadata)
-        content = {"svg": small_svg, "png": small_png}.get(suffix, bytes)(file.getvalue())
+        content = {"svg": _small_svg, "png": _small_png}.get(suffix, bytes)(file.getvalue())
         atomic_write(folder / f"{name}.{suffix}", content)
     atomic_write(folder / f"{name}.csv", data.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
     return folder / f"{name}.png"
 
 
-def small_png(png: bytes) -> bytes:
+def _small_png(png: bytes) -> bytes:
     """The same picture with a palette of its own, without dithering."""
     image: Image.Image = Image.open(io.BytesIO(png))
     opaque = image.mode == "RGB" or image.getchannel("A").getextrema()[0] == 255
-    method = Image.Quantize.MEDIANCUT if opaque else Image.Quantize.FASTOCTREE           # only the latter knows transparency
+    method = Image.Quantize.MEDIANCUT if opaque else Image.Quantize.FASTOCTREE     # only the latter knows transparency
     image = image.convert("RGB" if opaque else "RGBA").quantize(PALETTE, method, dither=Image.Dither.NONE)
     file = io.BytesIO()
     image.save(file, "png", optimize=True, dpi=(DOTS_PER_INCH, DOTS_PER_INCH))
     return file.getvalue()
 
 
-def small_svg(svg: bytes) -> bytes:
-    """The same drawing with coordinates in hundredths of a point, no indentation, and a palette in every embedded picture.
-
-    Words, scales and matrices keep their digits.
-    """
+def _small_svg(svg: bytes) -> bytes:
+    """Coordinates in hundredths of a point, no indentation, a palette in each picture; words and matrices stay."""
     def shorter(found: re.Match) -> str:
         text = found[0]
         if text.startswith("data:"):
             head, data = text.split(",")
-            return f"{head},{base64.b64encode(small_png(base64.b64decode(data))).decode()}"
+            return f"{head},{base64.b64encode(_small_png(base64.b64decode(data))).decode()}"
         return f"{float(text):.2f}".rstrip("0").rstrip(".") if text[0] in "-0123456789" else text
 
-    text = re.sub(r"data:image/png;base64,[^\"]+|>[^<]*<|(?:matrix|scale)\([^)]*\)|-?\d+\.\d{3,}", shorter, svg.decode())
-    return re.sub(r"\n *", "\n", text).encode()
+    words = r"data:image/png;base64,[^\"]+|>[^<]*<|(?:matrix|scale)\([^)]*\)|-?\d+\.\d{3,}"
+    return re.sub(r"\n *", "\n", re.sub(words, shorter, svg.decode())).encode()
 
 
 def panels(n: int, width: float = PAGE, height: float = 2.2, **kwargs: Any) -> tuple[Figure, list[Axes]]:
@@ -141,7 +120,8 @@ def panels(n: int, width: float = PAGE, height: float = 2.2, **kwargs: Any) -> t
     return figure, list(axes[0])
 
 
-def scatter_roles(axis: Axes, points: dict[str, np.ndarray], links: tuple[str, str] | None = None, size: float = 16) -> None:
+def scatter_roles(axis: Axes, points: dict[str, np.ndarray], links: tuple[str, str] | None = None,
+                  size: float = 16) -> None:
     """Draw 2-D points in the colour and marker of their role.
 
     Args:
@@ -157,14 +137,8 @@ def scatter_roles(axis: Axes, points: dict[str, np.ndarray], links: tuple[str, s
                      rasterized=len(xy) > MANY_POINTS)
 
 
-# ---------------------------------------------------------------------------------------------------------- sound
-PLAYER_RATE = 24_000          # Hz
-OPUS_LEVEL = 0.95             # libsndfile's compression level: about 21 kbit/s, 3.5 kB a second in the notebook
-THREAD_LABEL = "a dog barks"  # what the thread clip sounds like
-
-
 def audio_player(waveform: np.ndarray, sampling_rate: int, title: str = "") -> HTML:
-    """A player for a notebook: the sound goes into it as Ogg Opus at 24 kHz, below 24 kbit/s (a WAV player would be megabytes).
+    """A player for a notebook with the sound inside it, as Ogg Opus at 24 kHz below 24 kbit/s.
 
     Args:
         waveform: float32 (samples,), mono, in [-1, 1].
@@ -173,31 +147,29 @@ def audio_player(waveform: np.ndarray, sampling_rate: int, title: str = "") -> H
 
     Returns:
         ``IPython.display.HTML``; the last expression of a cell, or an argument of ``display``, shows it.
-
-    Example:
-        >>> audio_player(split.waveform(0), 48_000, "a dog barks")
     """
     from IPython.display import HTML
 
     sound = soxr.resample(np.asarray(waveform, dtype=np.float32), sampling_rate, PLAYER_RATE)
     file = io.BytesIO()
-    soundfile.write(file, np.clip(sound, -1, 1), PLAYER_RATE, format="OGG", subtype="OPUS", compression_level=OPUS_LEVEL)
+    soundfile.write(file, np.clip(sound, -1, 1), PLAYER_RATE, format="OGG", subtype="OPUS",
+                    compression_level=OPUS_LEVEL)
     source = "data:audio/ogg;base64," + base64.b64encode(file.getvalue()).decode()
     line = f"<div>{html.escape(title)}</div>" if title else ""
     return HTML(f'{line}<audio controls preload="none" style="height: 2em" src="{source}"></audio>')
 
 
 def thread_clip(split: Split) -> str:
-    """The id of the clip that every notebook looks at: the first dog that barks alone, ``mini-train-00015_0`` in train.
+    """The id of the clip that every notebook looks at, never to score: the first dog that barks alone.
 
-    In ``data/mini`` the first scene whose only label is "a dog barks"; in AudioCaps, which has no labels, the first clip
-    whose first caption speaks of a dog that barks. It serves to see and to hear, never to score.
+    In ``data/mini`` the first scene whose only label is "a dog barks" (``mini-train-00015_0``); in AudioCaps, which has
+    no labels, the first clip whose first caption speaks of a dog that barks.
 
     Raises:
         ValueError: the split has no such clip.
     """
     if "labels" in split.frame:
-        barks = split.frame.labels.eq(THREAD_LABEL).tolist()
+        barks = split.frame.labels.eq("a dog barks").tolist()
     else:
         barks = ["dog" in captions[0].lower() and "bark" in captions[0].lower() for captions in split.captions]
     if True not in barks:
@@ -205,69 +177,9 @@ def thread_clip(split: Split) -> str:
     return split.clip_ids[barks.index(True)]
 
 
-# --------------------------------------------------------------------------------------------------------- slider
-WITHOUT = "No slider here: it needs ipywidgets (pip install ipywidgets==8.1.9) and a notebook open in JupyterLab. The figure above shows the same steps."
-
-
-def live_front_end() -> bool:
-    """Whether a person can move a slider: Jupyter's server names the notebook of its kernels' sessions, Colab and VS Code leave traces of their own.
-
-    Papermill, nbval and nbconvert start kernels without a server: False.
-    """
-    if "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules:
-        return True
-    from IPython import get_ipython
-
-    shell = get_ipython()
-    return shell is not None and "__vsc_ipynb_file__" in shell.user_ns
-
-
-def figure_slider(draw: Callable[[int], Figure], values: Sequence[int], label: str) -> ipywidgets.VBox | None:
-    """A slider over ``values`` with the figure of each; the figures are drawn once, so moving it computes nothing.
-
-    Without a live front end, or without ipywidgets, one line is printed and nothing is drawn: a static figure should stand above it.
-    So an executed copy of a notebook never carries the state of a widget.
-
-    Args:
-        draw: value -> the figure to show.
-        values: at least one, in the slider's order.
-        label: what the slider moves, in front of it.
-
-    Returns:
-        An ``ipywidgets.VBox`` for ``display``, or None.
-
-    Example:
-        >>> figure_slider(draw_one, [0, 200, 400], "start step k*")
-    """
-    try:
-        import ipywidgets
-    except ImportError:
-        print(WITHOUT)
-        return None
-    if not live_front_end():
-        print(WITHOUT)
-        return None
-    pictures = {}
-    for value in values:
-        figure, file = draw(value), io.BytesIO()
-        figure.savefig(file, format="png", dpi=110)
-        plt.close(figure)
-        pictures[value] = file.getvalue()
-    picture = ipywidgets.Image(value=pictures[values[0]], format="png")
-    slider = ipywidgets.SelectionSlider(options=list(values), description=label, style={"description_width": "initial"})
-    slider.observe(lambda change: setattr(picture, "value", pictures[change["new"]]), names="value")
-    return ipywidgets.VBox([slider, picture])
-
-
-# ------------------------------------------------------------------------------------------ shared with the page
-@house_style
+@style()
 def plot_waveform(sound: np.ndarray, sampling_rate: int) -> Figure:
-    """A sound's waveform: the smallest and the largest sample of every few milliseconds.
-
-    Args:
-        sound: (samples,), mono, in [-1, 1].
-        sampling_rate: in Hz.
-    """
+    """A mono sound (samples,) in [-1, 1]: the smallest and the largest sample of every few milliseconds."""
     figure, (axis,) = panels(1, height=1.2)
     hop = max(1, len(sound) // 2000)
     times = np.arange(len(sound) // hop) * hop / sampling_rate
@@ -278,11 +190,11 @@ def plot_waveform(sound: np.ndarray, sampling_rate: int) -> Figure:
 
 
 def gap_plane(vectors: dict[str, np.ndarray], mean_audio: np.ndarray, mean_text: np.ndarray) -> dict[str, np.ndarray]:
-    """Coordinates in the plane in which the gap lies: along mean_t - mean_a, and along what captions differ in most at a right angle to it.
+    """Coordinates in a plane that contains the gap, which a PCA of captions need not show. [ours: claim C2]
 
-    With g = mean_t - mean_a: coordinate 1 is (x - mean_a) . g / |g|^2, the share of the gap that x has crossed (0 at the mean sound,
-    1 at the mean caption); coordinate 2 is (x - mean_a) . v with v the first principal component of the text vectors after g is
-    taken out of them, in units of the vectors. A PCA of captions need not show the gap at all, this plane cannot hide it. [ours: claim C2]
+    With g = mean_t - mean_a: coordinate 1 is (x - mean_a) . g / |g|^2, the share of the gap that x has crossed (0 at
+    the mean sound, 1 at the mean caption). Coordinate 2 is (x - mean_a) . v with v the first principal component of
+    the text vectors after g is taken out of them, in units of the vectors.
 
     Args:
         vectors: role -> (n, D); "text" must be among them.
@@ -290,45 +202,47 @@ def gap_plane(vectors: dict[str, np.ndarray], mean_audio: np.ndarray, mean_text:
 
     Returns:
         role -> (n, 2) float64.
-
-    Example:
-        >>> gap_plane({"audio": a, "bridged": b, "text": t}, train.audio.mean(0).numpy(), train.text.mean(0).numpy())["audio"].mean(0)
     """
     start = np.asarray(mean_audio, dtype=np.float64)
     gap = np.asarray(mean_text, dtype=np.float64) - start
     text = np.asarray(vectors["text"], dtype=np.float64)
     text = text - text.mean(0)
     across = np.linalg.svd(text - np.outer(text @ gap, gap) / (gap @ gap), full_matrices=False)[2][0]
-    across = across * np.sign(across[np.abs(across).argmax()])                          # the sign of a component is arbitrary
+    across = across * np.sign(across[np.abs(across).argmax()])            # the sign of a component is arbitrary
     return {role: np.stack([(x - start) @ gap / (gap @ gap), (x - start) @ across], 1) for role, x in vectors.items()}
 
 
-@house_style
-def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np.ndarray, points: int = 1500) -> tuple[Figure, pd.DataFrame]:
-    """Where single clips lie in the map of train, :func:`gap_plane`, before and after the bridge.
+@style()
+def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np.ndarray,
+               points: int = 1500) -> tuple[Figure, pd.DataFrame]:
+    """Where single clips lie on the map of train, :func:`gap_plane`, before and after the bridge.
 
     Args:
-        audio, text: (n, D), (m, D) vectors of train, of which about ``points`` each are drawn; their means span the gap.
-        raw, bridged: (c, D) vectors of the clips; an arrow leads from the one to the other, numbered from 1.
+        audio, text: (n, D), (m, D) vectors of train; about ``points`` of each are drawn, and their means span the gap.
+        raw, bridged: (c, D) vectors of the clips; a numbered arrow leads from the one to the other.
 
     Returns:
         The figure, and the data behind it: role, x, y.
     """
     cloud = {role: np.asarray(x)[:: max(1, len(x) // points)] for role, x in (("audio", audio), ("text", text))}
-    plane = gap_plane({**cloud, "raw": np.asarray(raw), "bridged": np.asarray(bridged)}, np.mean(np.asarray(audio), 0), np.mean(np.asarray(text), 0))
+    means = np.mean(np.asarray(audio), 0), np.mean(np.asarray(text), 0)
+    plane = gap_plane({**cloud, "raw": np.asarray(raw), "bridged": np.asarray(bridged)}, *means)
     figure, (axis,) = panels(1, height=2.9)
     for role in cloud:
-        axis.scatter(plane[role][:, 0], plane[role][:, 1], s=4, color=COLOURS[role], marker=MARKERS[role], alpha=0.35, linewidth=0, label=f"{role} of train", rasterized=True)
+        axis.scatter(*plane[role].T, s=4, color=COLOURS[role], marker=MARKERS[role], alpha=0.35, linewidth=0,
+                     label=f"{role} of train", rasterized=True)
     start, end = plane["raw"], plane["bridged"]
-    axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#303030", width=0.0025, headwidth=5, zorder=3)
+    axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#303030", width=0.0025,
+                headwidth=5, zorder=3)
     for name, role in (("raw", "audio"), ("bridged", "bridged")):
-        axis.scatter(plane[name][:, 0], plane[name][:, 1], s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9, zorder=4,
-                     label=f"your clip, {name}")
+        axis.scatter(*plane[name].T, s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9,
+                     zorder=4, label=f"your clip, {name}")
     for number, place in enumerate(start, 1):
         axis.annotate(str(number), place, (-9, 5), textcoords="offset points", zorder=5)
     for position in (0, 1):
         axis.axvline(position, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
-    axis.set(xlabel="share of the gap crossed (0: mean sound, 1: mean caption, of train)", ylabel="first component of captions\nat a right angle")
+    axis.set(xlabel="share of the gap crossed (0: mean sound, 1: mean caption, of train)",
+             ylabel="first component of captions\nat a right angle")
     legend = figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     plt.setp(legend.legend_handles[:2], sizes=[20], alpha=1)
     return figure, pd.DataFrame([(role, *xy) for role, rows in plane.items() for xy in rows], columns=["role", "x", "y"])

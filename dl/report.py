@@ -189,7 +189,8 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
         judged.append((word, margin, part, (value, low, high), getattr(found, "decoding", "")))
     notes = [f"{part.text(*figure)}: {word}" for word, _, part, figure, _ in judged]
     notes += ["not run: " + ", ".join(dict.fromkeys(absent))] if absent else []
-    row |= {"verdict": combine([entry[0] for entry in judged]), "note": "; ".join(notes + control_notes(figures, rule))}
+    notes += control_notes(figures, rule)
+    row |= {"verdict": combine([entry[0] for entry in judged]), "note": "; ".join(notes)}
     worst = [entry for entry in judged if entry[0] == row["verdict"] and not math.isnan(entry[3][0])]
     if not worst:
         return row

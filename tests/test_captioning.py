@@ -1,4 +1,4 @@
-"""What Table 2 runs: vectors beside the right captions, fits and captions made once, rows and files replaced and not piled up."""
+"""What Table 2 runs: vectors beside the right captions, fits and captions made once, rows and files replaced."""
 from __future__ import annotations
 
 import json
@@ -20,14 +20,13 @@ from dl.config import BridgeConfig, CaptionerConfig, Profile, get_profile
 from dl.data import Split
 from dl.experiments import (
     Row,
-    caption_pairs,
     caption_rows,
     decoder_fit,
     decoder_pairs,
     disjoint_halves,
-    fit_captioner,
     fit_system,
     score_and_record,
+    select_clips,
     system_vectors,
 )
 from dl.peers import REGISTRY, centre
@@ -41,10 +40,13 @@ def tiny_language_model(folder: Path) -> Path:
     alphabet = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], eos_token=alphabet[1], pad_token=alphabet[1]).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], eos_token=alphabet[1],
+                            pad_token=alphabet[1]).save_pretrained(folder)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(alphabet), hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                 initializer_range=0.5, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=1)).save_pretrained(folder)
+    config = LlamaConfig(vocab_size=len(alphabet), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                         num_attention_heads=2, initializer_range=0.5, max_position_embeddings=256, bos_token_id=0,
+                         eos_token_id=1, pad_token_id=1)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -55,9 +57,16 @@ def language_model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def profile(tmp_path, language_model) -> Profile:
-    captioner = CaptionerConfig(language_model=str(language_model), train_steps=3, batch_size=4, warmup_steps=1, validate_every=3, projector_width=16,
-                                learning_rate=0.05, max_new_tokens=5, dtype="float32")
-    return get_profile("smoke", results_root=tmp_path / "results", bridge=BridgeConfig(train_steps=2, batch_size=8), captioner=captioner)
+    captioner = CaptionerConfig(language_model=str(language_model), train_steps=3, batch_size=4, warmup_steps=1,
+                                validate_every=3, projector_width=16, learning_rate=0.05, max_new_tokens=5,
+                                dtype="float32")
+    bridge = BridgeConfig(train_steps=2, batch_size=8)
+    return get_profile("smoke", results_root=tmp_path / "results", bridge=bridge, captioner=captioner)
+
+
+@pytest.fixture
+def splits() -> list[Embeddings]:
+    return [embeddings(name) for name in ("train", "val", "test")]
 
 
 def embeddings(split: str, n: int = 12) -> Embeddings:
@@ -98,31 +107,18 @@ def counted(monkeypatch) -> dict[str, int]:
     return counts
 
 
-# ------------------------------------------------------------------------------------------------------------------ pairs
-def test_a_row_of_text_belongs_to_its_caption():
+# --------------------------------------------------------------------------------------------------------------- pairs
+def clip_of(caption: str) -> int:
+    return int(caption.split()[2])
+
+
+def test_clips_are_selected_with_their_captions():
     train = embeddings("train")
-    vectors, captions = caption_pairs(train, data(train))
-    assert len(vectors) == len(captions) == 24
-    for row, caption in enumerate(captions):
-        assert f"sound {int(train.text_clip[row])} in the words of {row}" in caption
-        assert torch.equal(vectors[row], train.text[row])
-
-
-def test_captions_of_another_data_set_are_refused():
-    train = embeddings("train")
-    split = data(train)
-    split.captions[3][0] = "somebody edited this"
-    with pytest.raises(ValueError, match=r"train\.csv: run notebook 02 again"):
-        caption_pairs(train, split)
-
-
-def test_clips_that_were_skipped_do_not_count():
-    train = embeddings("train")
-    kept = captioning.select_clips(train, [0, 2, 5, 11])
-    vectors, captions = caption_pairs(kept, data(train))
-    assert [int(caption.split()[2]) for caption in captions] == [0, 2, 2, 2, 5, 5, 5, 11, 11, 11]
+    kept = select_clips(train, [0, 2, 5, 11])
+    assert [clip_of(caption) for caption in kept.captions] == [0, 2, 2, 2, 5, 5, 5, 11, 11, 11]
     assert kept.text_clip.tolist() == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert torch.equal(vectors, train.text[[train.captions.index(caption) for caption in captions]])
+    assert torch.equal(kept.text, train.text[[train.captions.index(caption) for caption in kept.captions]])
+    assert torch.equal(kept.audio, train.audio[[0, 2, 5, 11]]) and kept.clip_ids[3] == train.clip_ids[11]
 
 
 @pytest.mark.parametrize("decoder", ["raw", "ridge", "diffusion_link"])
@@ -130,75 +126,81 @@ def test_a_sound_is_paired_with_each_of_its_captions(profile, decoder):
     train = embeddings("train")
     vectors, captions = decoder_pairs(profile, decoder, train, seed=1)
     mapped = fit_system(profile, decoder, train, 1 if REGISTRY[decoder].trained else 0)(train.audio, noise_seed=0)
-    for row, caption in enumerate(captions):
-        assert torch.equal(vectors[row], mapped[int(caption.split()[2])])
+    assert torch.equal(vectors, mapped[[clip_of(caption) for caption in captions]])
 
 
 def test_decoders_on_text_alone(profile):
     train = embeddings("train")
-    noised, captions = decoder_pairs(profile, "text_noised", train, 0)
-    assert captions == train.captions and torch.equal(noised, decoder_pairs(profile, "text_noised", train, 0)[0])
-    assert not torch.equal(noised, decoder_pairs(profile, "text_noised", train, 1)[0])
+    vectors, captions = decoder_pairs(profile, "text", train, 0)
+    assert captions == train.captions and torch.equal(vectors, train.text)
+    noised, again, other = (decoder_pairs(profile, "text_noised", train, seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(noised, again) and not torch.equal(noised, other)
     expected = 1 / (1 + DIM * 0.016) ** 0.5                           # cosine of t and t + N(0, v I), about
     assert float((noised * train.text).sum(1).mean()) == pytest.approx(expected, abs=0.03)
     c3 = fit_system(profile, "c3", train)
     centred, _ = decoder_pairs(profile, "text_centred", train, 0)
-    assert float((centred * centre(train.text, c3.text_mean)).sum(1).mean()) == pytest.approx(expected, abs=0.03)
+    cosine = (centred * centre(train.text, c3.text_mean)).sum(1).mean()
+    assert float(cosine) == pytest.approx(expected, abs=0.03)
     bridged, _ = decoder_pairs(profile, "text_bridged", train, 1)
     assert torch.equal(bridged, fit_system(profile, "diffusion_bridge", train, 1).map_text(train.text))
     for vectors in (noised, centred, bridged):
         assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors)), atol=1e-5)
     with pytest.raises(ValueError, match="unknown decoder 'sound'"):
-        decoder_pairs(profile, "sound", train, 0)
+        decoder_fit(profile, "sound", 0, train, train)
 
 
 def test_the_ceiling_is_the_first_references_vector(profile):
     train, test = embeddings("train"), embeddings("test")
-    assert torch.equal(system_vectors(profile, Row("text_ceiling"), train, test, 0), test.text[[0, 1, 3, 6, 7, 9, 12, 13, 15, 18, 19, 21]])
+    expected = test.text[[0, 1, 3, 6, 7, 9, 12, 13, 15, 18, 19, 21]]
+    assert torch.equal(system_vectors(profile, Row("text_ceiling"), train, test, 0), expected)
 
 
 def test_disjoint_halves_share_no_recording():
     train = embeddings("train", 40)
     split = data(train, [f"rec_{i % 10};rec_{i * 7 % 10}" for i in range(40)])
-    first, second = disjoint_halves(train, split)
-    used = [{name for clip_id in part.clip_ids for name in split.clusters[split.clip_ids.index(clip_id)]} for part in (first, second)]
+    members = dict(zip(split.clip_ids, map(set, split.clusters), strict=True))
+    halves = disjoint_halves(train, split)
+    used = [set().union(*(members[clip_id] for clip_id in part.clip_ids)) for part in halves]
     assert used[0] and used[1] and not used[0] & used[1]
-    left = [set(split.clusters[train.clip_ids.index(clip_id)]) for clip_id in train.clip_ids if clip_id not in [*first.clip_ids, *second.clip_ids]]
-    assert left and not any(members <= half for members in left for half in used)
-    assert all(caption.split()[2] == part.clip_ids[clip].split("-")[1].split("_")[0]
-               for part in (first, second) for caption, clip in zip(part.captions, part.text_clip.tolist(), strict=True))
+    left = [members[clip_id] for clip_id in train.clip_ids if not any(clip_id in part.clip_ids for part in halves)]
+    assert left and not any(recordings <= half for recordings in left for half in used)
 
 
 def test_rows_of_a_full_run_are_closed_forms_tuned_systems_and_own_decoders(profile, monkeypatch):
-    assert [row.system for row in captioning.zero_shot_rows(profile)] == ["raw", "ridge", "diffusion_bridge", "diffusion_link", "text_ceiling"]
-    monkeypatch.setattr(captioning, "chosen", lambda _, system: {"alpha": 1} if system in ("diffusion_link", "seed") else {})
+    default = ["raw", "ridge", "diffusion_bridge", "diffusion_link", "text_ceiling"]
+    assert [row.system for row in captioning.zero_shot_rows(profile)] == default
+    tuned = ("diffusion_link", "seed")
+    monkeypatch.setattr(captioning, "chosen", lambda _, system: {"alpha": 1} if system in tuned else {})
     rows = captioning.zero_shot_rows(profile, full=True)
-    common = [row.system for row in rows if row.decoder == "text"]
-    assert {"raw", "mean_shift", "c3", "projection", "procrustes", "ridge", "diffusion_link", "seed", "text_ceiling"} <= set(common)
-    assert not {"capdec", "text_to_audio", "regression_mlp", "conditional_diffusion"} & set(common)
+    common = {row.system for row in rows if row.decoder == "text"}
+    assert {"raw", "mean_shift", "c3", "projection", "procrustes", "ridge", *tuned, "text_ceiling"} <= common
+    assert not {"capdec", "text_to_audio", "regression_mlp", "conditional_diffusion"} & common
     assert {row.decoder for row in rows} == set(captioning.TEXT_DECODERS) and len(set(rows)) == len(rows)
     assert {row.decoder for row in captioning.zero_shot_rows(profile, full=True, own_decoders=False)} == {"text"}
     assert [row.decoder for row in captioning.supervised_rows(full=True)] == ["raw", "diffusion_link", "ridge"]
 
 
-# ---------------------------------------------------------------------------------------------------------- made only once
-def test_a_finished_fit_is_read_and_not_repeated(profile, counted):
-    train, val = embeddings("train"), embeddings("val")
-    first = fit_captioner(profile, "text", 0, train, val)
-    assert counted["steps"] == 3 and len(list((profile.cache_dir / "captioners").glob("text-0-*.safetensors"))) == 1
-    assert fit_captioner(profile, "text", 0, train, val) is first, "a second 7B model would not fit beside one that is in use"
+# ------------------------------------------------------------------------------------------------------ made only once
+def same_weights(one: LLMCaptioner, other: LLMCaptioner) -> bool:
+    theirs = other.trainable_state()
+    return all(torch.equal(value, theirs[name]) for name, value in one.trainable_state().items())
+
+
+def test_a_finished_fit_is_read_and_not_repeated(profile, splits, counted):
+    fit = decoder_fit(profile, "text", 0, *splits[:2])
+    first = fit.load()
+    assert counted["steps"] == 3 and fit.path.is_file()
+    assert fit.load() is first, "a second 7B model would not fit beside one that is in use"
     captioning.IN_USE.clear()
-    again = fit_captioner(profile, "text", 0, train, val)
-    assert counted == {"loads": 2, "steps": 3, "generations": 0}
-    for name, value in first.trainable_state().items():
-        assert torch.equal(value, again.trainable_state()[name])
+    again = fit.load()
+    assert counted == {"loads": 2, "steps": 3, "generations": 0} and same_weights(first, again)
     assert again.history.step.tolist() == first.history.step.tolist() and again.history.val_loss.notna().any()
 
 
-def test_a_killed_fit_goes_on_where_it_was(profile, counted, monkeypatch):
-    train, val = embeddings("train"), embeddings("val")
-    original, whole = captioning.train_captioner, fit_captioner(profile, "text", 0, train, val)
-    for path in (profile.cache_dir / "captioners").glob("*"):
+def test_a_killed_fit_goes_on_where_it_was(profile, splits, counted, monkeypatch):
+    fit, original = decoder_fit(profile, "text", 0, *splits[:2]), captioning.train_captioner
+    whole = fit.load()
+    for path in fit.path.parent.iterdir():
         path.unlink()
     captioning.IN_USE.clear()                                              # as in a new process
     counted["steps"] = 0
@@ -206,118 +208,116 @@ def test_a_killed_fit_goes_on_where_it_was(profile, counted, monkeypatch):
     def killed(step, loss):
         if step == 2:
             raise KeyboardInterrupt
-    monkeypatch.setattr(captioning, "train_captioner", lambda *args, **kwargs: original(*args, **kwargs, checkpoint_every=1, callback=killed))
+    monkeypatch.setattr(captioning, "train_captioner",
+                        lambda *args, **kwargs: original(*args, **kwargs, checkpoint_every=1, callback=killed))
     with pytest.raises(KeyboardInterrupt):
-        fit_captioner(profile, "text", 0, train, val)
+        fit.load()
     monkeypatch.setattr(captioning, "train_captioner", original)
-    resumed = fit_captioner(profile, "text", 0, train, val)
-    assert counted["steps"] == 3
-    for name, value in whole.trainable_state().items():
-        assert torch.equal(value, resumed.trainable_state()[name])
+    assert same_weights(whole, fit.load()) and counted["steps"] == 3
 
 
-def test_the_name_of_a_fit_says_what_determines_it(profile):
-    train, val = embeddings("train"), embeddings("val")
+def test_the_name_of_a_fit_says_what_determines_it(profile, splits):
+    train, val, _ = splits
     config = profile.captioner
-    same = [decoder_fit(replace(profile, captioner=replace(config, num_beams=4, max_new_tokens=9)), "text", 0, train, val)]
     fit = decoder_fit(profile, "text", 0, train, val)
+    decoded_otherwise = replace(profile, captioner=replace(config, num_beams=4, max_new_tokens=9))
+    assert decoder_fit(decoded_otherwise, "text", 0, train, val).path == fit.path
     others = [decoder_fit(profile, "text", 1, train, val), decoder_fit(profile, "raw", 0, train, val),
               decoder_fit(profile, "text", 0, embeddings("train", 11), val),
               decoder_fit(replace(profile, captioner=replace(config, prefix_length=2)), "text", 0, train, val)]
-    assert {other.key.digest for other in same} == {fit.key.digest}
     assert len({other.path for other in [fit, *others]}) == 5
     part, captions = decoder_fit(profile, "raw", 0, train, val).val_pairs
-    assert torch.allclose(part, val.audio) and [int(caption.split()[2]) for caption in captions] == list(range(12))
+    assert torch.allclose(part, val.audio) and [clip_of(caption) for caption in captions] == list(range(12))
+    assert [captions.index(caption) for caption in captions if caption in val.captions] == list(range(12))
+    assert captions[2] == val.captions[3], "the first caption of the clip"
 
 
-def test_captions_that_are_there_are_not_generated_again(profile, counted):
-    train, val, test = embeddings("train"), embeddings("val"), embeddings("test")
+def test_captions_that_are_there_are_not_generated_again(profile, splits, counted):
     rows = [Row("raw"), Row("ridge"), Row("ridge", "ridge"), Row("text_ceiling")]
-    first = caption_rows(profile, rows, 0, train, val, test)
+    first = caption_rows(profile, rows, 0, *splits)
     assert list(first) == rows and {len(texts) for texts in first.values()} == {12}
     assert counted == {"loads": 2, "steps": 6, "generations": 4}
-    assert caption_rows(profile, rows, 0, train, val, test) == first
+    assert caption_rows(profile, rows, 0, *splits) == first
     assert counted == {"loads": 2, "steps": 6, "generations": 4}
-    lost = next((profile.cache_dir / "captions").glob("text-ridge-*.json"))
-    lost.unlink()
-    assert caption_rows(profile, rows, 0, train, val, test) == first
+    next((profile.cache_dir / "captions").glob("text-ridge-*.json")).unlink()
+    assert caption_rows(profile, rows, 0, *splits) == first
     assert counted == {"loads": 3, "steps": 6, "generations": 5}
     assert len(set(first[Row("raw")])) > 1, "the captions do not depend on the vectors"
 
 
-def test_another_seed_decoding_or_vector_is_another_entry(profile, counted):
-    train, val, test = embeddings("train"), embeddings("val"), embeddings("test")
-    rows = [Row("raw")]
-    caption_rows(profile, rows, 0, train, val, test)
-    caption_rows(profile, rows, 0, train, val, test, num_beams=2)
-    caption_rows(profile, rows, 1, train, val, test)
-    caption_rows(profile, rows, 0, train, val, replace(test, audio=test.audio.flip(0)))
-    assert counted["generations"] == 4
-    assert sorted(path.name.split("-")[4] for path in (profile.cache_dir / "captions").iterdir()) == ["beam2", "greedy", "greedy", "greedy"]
+def test_another_seed_decoding_or_vector_is_another_entry(profile, splits, counted):
+    train, val, test = splits
+    caption_rows(profile, [Row("raw")], 0, train, val, test)
+    caption_rows(profile, [Row("raw")], 0, train, val, test, num_beams=2)
+    caption_rows(profile, [Row("raw")], 1, train, val, test)
+    caption_rows(profile, [Row("raw")], 0, train, val, replace(test, audio=test.audio.flip(0)))
+    names = sorted(path.name.split("-")[4] for path in (profile.cache_dir / "captions").iterdir())
+    assert counted["generations"] == 4 and names == ["beam2", "greedy", "greedy", "greedy"]
 
 
-def test_the_strict_rows_leave_the_fits_on_all_of_train_alone(profile, counted):
-    train, val, test = embeddings("train", 40), embeddings("val"), embeddings("test")
+def test_the_strict_rows_leave_the_fits_on_all_of_train_alone(profile, splits, counted):
+    train, (_, val, test) = embeddings("train", 40), splits
     fit_system(profile, "diffusion_link", train)
     before = {path: path.read_bytes() for path in (profile.cache_dir / "fits").iterdir()}
-    split = data(train, [f"rec_{i // 2}" for i in range(40)])
-    found = captioning.disjoint_rows(profile, 0, train, split, val, test)
+    found = captioning.disjoint_rows(profile, 0, train, data(train, [f"rec_{i // 2}" for i in range(40)]), val, test)
     assert [row.system for row in found] == ["raw", "ridge", "diffusion_link"] and counted["loads"] == 1
-    assert before.items() <= {path: path.read_bytes() for path in (profile.cache_dir / "fits").iterdir()}.items()
+    after = {path: path.read_bytes() for path in (profile.cache_dir / "fits").iterdir()}
+    assert before.items() <= after.items() and len(after) > len(before)
     stored = json.loads(next((profile.cache_dir / "captions").glob("text-diffusion_link-*.json")).read_text())
     assert stored == found[Row("diffusion_link")]
 
 
-# -------------------------------------------------------------------------------------------------------- scores and files
-@pytest.fixture
-def no_java(monkeypatch):
-    """A machine without Java: sbert_sim alone is computed, the rest is n/c; quick, and the rows are the same."""
-    from dl import caption_metrics as captions
-    from dl import caption_metrics as java
+#  scores and files
+def test_a_setting_replaces_its_rows_and_files_and_no_others(profile, monkeypatch):
+    from dl import caption_metrics
 
-    def absent():
-        raise java.JavaError("no Java")
-    monkeypatch.setattr(captions, "find_java", absent)
-
-
-def test_a_setting_replaces_its_rows_and_files_and_no_others(profile, no_java):
-    test = embeddings("test")
+    def absent():                            # without Java sbert_sim alone is computed, which is quick
+        raise caption_metrics.JavaError("no Java")
+    monkeypatch.setattr(caption_metrics, "find_java", absent)
+    test, folder = embeddings("test"), profile.results_dir / "captions"
     split = data(test)
     rows = [Row("raw"), Row("diffusion_link"), Row("c3", "text_centred", "centred")]
-    texts = {row: [f"{row.system} says {i}" for i in range(12)] for row in rows}
-    folder = profile.results_dir / "captions"
-    score_and_record(profile, "supervised", {0: {Row("raw", "raw"): texts[rows[0]]}}, test, split)
-    score_and_record(profile, "zero_shot:disjoint", {0: {Row("raw"): texts[rows[0]]}}, test, split)
-    results = score_and_record(profile, "zero_shot", {seed: {row: [f"{t} {seed}" for t in texts[row]] for row in rows} for seed in (0, 1)}, test, split)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "supervised.csv", "zero_shot-disjoint.csv", "zero_shot.csv"]
-    written = pd.read_csv(folder / "zero_shot.csv")
-    assert list(written.clip_id) == test.clip_ids and list(written.caption_1) == [texts[0] for texts in split.captions]
-    said = {candidates_column(row.system, row.space, seed): [f"{row.system} says {i} {seed}" for i in range(12)] for row in rows for seed in (0, 1)}
-    assert written[list(said)].to_dict("list") == said
+
+    def said(row: Row, seed: int) -> list[str]:
+        return [f"{row.system} says {i} {seed}" for i in range(12)]
+
+    score_and_record(profile, "supervised", {0: {Row("raw", "raw"): said(rows[0], 0)}}, test, split)
+    score_and_record(profile, "zero_shot:disjoint", {0: {Row("raw"): said(rows[0], 0)}}, test, split)
+    captions = {seed: {row: said(row, seed) for row in rows} for seed in (0, 1)}
+    results = score_and_record(profile, "zero_shot", captions, test, split, num_beams=4)
+    files = ["supervised.csv", "zero_shot-disjoint.csv", "zero_shot_beam4.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == files
+    written = pd.read_csv(folder / "zero_shot_beam4.csv")
+    assert list(written.clip_id) == test.clip_ids
+    assert list(written.caption_1) == [texts[0] for texts in split.captions]
+    columns = {candidates_column(row.system, row.space, seed): said(row, seed) for row in rows for seed in (0, 1)}
+    assert written[list(columns)].to_dict("list") == columns
     assert set(results.clips) == {("raw", "text"), ("diffusion_link", "text"), ("c3", "centred")}
-    frame = MetricsFile(profile).frame()
-    mine = frame[(frame.experiment == "zero_shot") & (frame.metric == "sbert_sim") & (frame.split == "test")]
+    full = MetricsFile(profile).frame()
+    mine = full[(full.experiment == "zero_shot") & (full.metric == "sbert_sim") & (full.split == "test")]
     assert sorted(zip(mine.system, mine.space, mine.seed, strict=True)) == sorted(
         (row.system, row.space, seed) for row in rows for seed in ("0", "1", "all"))
-    assert set(mine.decoding) == {"greedy"} and mine.value.notna().all()
-    assert set(frame.status[frame.metric == "cider_d"]) == {"not_computed"}
+    assert set(mine.decoding) == {"beam 4"} and mine.value.notna().all()
+    assert set(full.status[full.metric == "cider_d"]) == {"not_computed"}
 
-    (folder / "zero_shot_ridge.csv").write_text("a file of the older layout")
-    score_and_record(profile, "zero_shot", {0: {Row("raw"): texts[rows[0]]}}, test, split, num_beams=4)
-    assert sorted(path.name for path in folder.iterdir()) == ["supervised.csv", "zero_shot-disjoint.csv", "zero_shot_beam4.csv"]
-    frame = MetricsFile(profile).frame()
-    assert set(frame.decoding[frame.experiment == "zero_shot"]) == {"beam 4"} and set(frame.system[frame.experiment == "zero_shot"]) == {"raw"}
-    assert not (frame.experiment == "zero_shot:paired").any()
-    assert {"supervised", "zero_shot:disjoint"} <= set(frame.experiment)
+    score_and_record(profile, "zero_shot", {0: {Row("raw"): said(rows[0], 5)}}, test, split)     # a default run
+    after = MetricsFile(profile).frame()
+    pd.testing.assert_frame_equal(full, after[after.decoding.ne("greedy") | after.experiment.ne("zero_shot")]
+                                  .reset_index(drop=True))
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*files, "zero_shot.csv"])
+    score_and_record(profile, "zero_shot", {0: {Row("raw"): said(rows[0], 5)}}, test, split, num_beams=4)
+    last = MetricsFile(profile).frame().query("experiment == 'zero_shot' and decoding == 'beam 4'")
+    assert set(last.seed[last.system == "raw"]) == {"0", "all"}, "its own rows are replaced"
+    assert set(last.system) == {"raw", "diffusion_link", "c3"}, "those of other systems stay"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with a GPU rows follow each other")
-def test_captions_made_side_by_side_are_those_of_one_process(profile, tmp_path, counted, monkeypatch):
+def test_captions_made_side_by_side_are_those_of_one_process(profile, splits, tmp_path, counted, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
-    rows, splits = (Row("raw"), Row("ridge"), Row("raw", "raw")), [embeddings(name) for name in ("train", "val", "test")]
-    alone = captioning.caption_seeds(profile, rows, (0, 1), *splits)
+    rows = (Row("raw"), Row("ridge"), Row("raw", "raw"))
+    alone = captioning.caption_seeds(replace(profile, processes=1), rows, (0, 1), *splits)
     assert counted["generations"] == 6
-    together = captioning.caption_seeds(replace(profile, processes=2, results_root=tmp_path / "other"), rows, (0, 1), *splits)
-    assert counted["generations"] == 6 and together == alone and set(alone) == {0, 1} and set(alone[1]) == set(rows)
+    other = replace(profile, processes=2, results_root=tmp_path / "other")
+    assert captioning.caption_seeds(other, rows, (0, 1), *splits) == alone and counted["generations"] == 6
+    assert set(alone) == {0, 1} and set(alone[1]) == set(rows)

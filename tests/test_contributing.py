@@ -21,7 +21,7 @@ CHECKS = {
 from dl.experiments import score_table
 from dl.report import write_table1
 from dl.store import MetricsFile
-scores, rows = score_table(profile, ["raw", "half_shift"], train, test, split, progress=False)
+scores, rows = score_table(profile, ["raw", "half_shift"], train, test, split)
 file = MetricsFile(profile)
 file.add(rows)
 table = write_table1(profile).set_index("system")

@@ -4,7 +4,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import sys
 from xml.etree import ElementTree
 
 import matplotlib
@@ -17,14 +16,13 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from dl.config import REPO, get_profile
+from dl.config import get_profile
 from dl.data import Split, load_split
 from dl.plots import (
     COLOURS,
     MARKERS,
     PAGE,
     audio_player,
-    figure_slider,
     gap_plane,
     panels,
     plot_place,
@@ -138,28 +136,6 @@ def test_gap_plane_shows_the_gap_that_a_pca_of_captions_hides():
     assert plane["text"][:, 1].std() == pytest.approx(widest / 40**0.5, rel=1e-2)
     mirrored = gap_plane(points | {"text": points["text"][::-1]}, points["text"].mean(0) - gap, points["text"].mean(0))
     assert np.allclose(mirrored["audio"], plane["audio"])                       # the order of the clips turns no axis round
-
-
-def test_slider_moves_the_picture_where_somebody_can_move_it(monkeypatch):
-    monkeypatch.setenv("JPY_SESSION_NAME", "05_cross_the_bridge.ipynb")
-    box = figure_slider(lambda k: plt.figure().add_subplot(title=f"k* = {k}").figure, (0, 600, 999), "start step k*")
-    slider, picture = box.children
-    first = bytes(picture.value)
-    slider.value = 999
-    assert first.startswith(b"\x89PNG") and bytes(picture.value).startswith(b"\x89PNG") and bytes(picture.value) != first
-    slider.value = 0
-    assert bytes(picture.value) == first and not plt.get_fignums()
-
-
-@pytest.mark.parametrize("missing", [False, True])
-def test_without_a_front_end_or_the_package_a_line_stands_in_for_the_slider(monkeypatch, capsys, missing):
-    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-    if missing:
-        monkeypatch.setenv("JPY_SESSION_NAME", "05_cross_the_bridge.ipynb")
-        monkeypatch.setitem(sys.modules, "ipywidgets", None)                     # import ipywidgets raises ImportError
-    pin = next(line for line in (REPO / "requirements.lock").read_text().splitlines() if line.startswith("ipywidgets=="))
-    assert figure_slider(lambda k: pytest.fail("a figure was drawn for nobody"), (0, 600), "start step k*") is None
-    assert pin in (line := capsys.readouterr().out) and line.count("\n") == 1
 
 
 def test_plot_waveform_spans_the_sound_and_its_peaks():

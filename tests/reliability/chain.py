@@ -89,7 +89,7 @@ def generation(profile: Profile) -> None:
 def metrics(profile: Profile) -> None:
     train, val, test = embeddings(profile)
     split, file = load_split(profile, "test"), MetricsFile(profile)
-    _, rows = score_table(profile, SYSTEMS, train, test, split, progress=False)
+    _, rows = score_table(profile, SYSTEMS, train, test, split)
     file.remove(experiment="gap")
     file.add(rows)
     said = {seed: caption_rows(profile, ROWS, seed, train, val, test) for seed in profile.seeds}

@@ -188,7 +188,7 @@ def test_splits_without_variety_give_figures_or_reasons(results_root, ledger, wh
     profile = get_profile("smoke", bridge=BridgeConfig(train_steps=2, batch_size=4), bootstrap_samples=5, noise_seeds=(0,), seeds=(0,))
     with ledger.attempt("bad input", "split without variety"):
         train, test = embeddings("train"), alike(embeddings("test"), what)
-        _, found = score_table(profile, SYSTEMS, train, test, data(test), progress=False)
+        _, found = score_table(profile, SYSTEMS, train, test, data(test))
         file = MetricsFile(profile)
         file.add(found)
         frame = file.frame()
