@@ -229,13 +229,15 @@ def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np
     plane = gap_plane({**cloud, "raw": np.asarray(raw), "bridged": np.asarray(bridged)}, *means)
     figure, (axis,) = panels(1, height=2.9)
     for role in cloud:
-        axis.scatter(*plane[role].T, s=4, color=COLOURS[role], marker=MARKERS[role], alpha=0.35, linewidth=0,
+        x, y = plane[role].T
+        axis.scatter(x, y, s=4, color=COLOURS[role], marker=MARKERS[role], alpha=0.35, linewidth=0,
                      label=f"{role} of train", rasterized=True)
     start, end = plane["raw"], plane["bridged"]
     axis.quiver(*start.T, *(end - start).T, angles="xy", scale_units="xy", scale=1, color="#303030", width=0.0025,
                 headwidth=5, zorder=3)
     for name, role in (("raw", "audio"), ("bridged", "bridged")):
-        axis.scatter(*plane[name].T, s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9,
+        x, y = plane[name].T
+        axis.scatter(x, y, s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9,
                      zorder=4, label=f"your clip, {name}")
     for number, place in enumerate(start, 1):
         axis.annotate(str(number), place, (-9, 5), textcoords="offset points", zorder=5)
