@@ -133,8 +133,8 @@ def command(arguments: list[str]) -> int:
     if options.seeds is not None and options.seeds < 1:
         print("run_all: --seeds takes a number of at least 1", file=sys.stderr)
         return 2
-    extra = {name: literal(value) for name, value in options.extra}
-    run = Run(profile, full=options.full, seeds=options.seeds, extra=extra)
+    asked = {name: value for name, value in (("full", options.full), ("seeds", options.seeds)) if value}
+    run = Run(profile, asked=asked | {name: literal(value) for name, value in options.extra})
     if options.list:
         list_stages(run)
         return 0

@@ -6,8 +6,6 @@ Only the standard library is imported before a stage runs, so that ``--list`` wo
 """
 from __future__ import annotations
 
-import ast
-import csv
 import errno
 import hashlib
 import json
@@ -22,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 KERNEL_START_S = 600         # s that a kernel may take to answer: a cold network disk is slow
 KERNEL_ENDS_S = 2.0          # s, after which the kernel of a killed run is gone
+PATIENCE = timedelta(hours=12)     # how long a process waits for the one that opens the encoder or fits a bridge
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)     # what a disk without file locks answers (NFS, Lustre)
 METRICS = "metrics.csv"      # every stage keeps its own rows in it
 SHARED = (METRICS, "table2.csv", "table2.md", "claims.csv", "claims.md")     # several stages write them
@@ -91,11 +91,7 @@ def sha256(data: bytes | str) -> str:
 
 
 def read_notebook(path: Path) -> list[dict]:
-    """The cells of a notebook with their ``source`` as one string.
-
-    Raises:
-        StageError: the file is no notebook.
-    """
+    """The cells of a notebook with their ``source`` as one string; StageError if the file is no notebook."""
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         return [{**cell, "source": "".join(cell["source"])} for cell in cells]
@@ -105,19 +101,12 @@ def read_notebook(path: Path) -> list[dict]:
 
 
 def parameter_names(path: Path) -> list[str]:
-    """Names assigned in the cell tagged ``parameters``.
-
-    Raises:
-        StageError: no such cell, or it does not set ``profile`` (papermill itself would only warn).
-    """
+    """Names assigned in the one cell tagged ``parameters``; StageError if it does not set ``profile``."""
     cells = read_notebook(path)
     tagged = [cell["source"] for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if len(tagged) != 1:
-        raise StageError(f"notebooks/{path.name} has {len(tagged)} cells tagged 'parameters': it needs exactly one")
-    targets = [target for node in ast.parse(tagged[0]).body if isinstance(node, ast.Assign) for target in node.targets]
-    names = [target.id for target in targets if isinstance(target, ast.Name)]
-    if "profile" not in names:
-        raise StageError(f"notebooks/{path.name}: the cell tagged 'parameters' does not set 'profile'")
+    names = re.findall(r"^(\w+) *=", "\n".join(tagged), re.MULTILINE)
+    if len(tagged) != 1 or "profile" not in names:
+        raise StageError(f"notebooks/{path.name}: one cell tagged 'parameters' must set 'profile'")
     return names
 
 
@@ -134,11 +123,10 @@ def source_sha256(package: Path) -> str:
 
 def files_below(folder: Path) -> list[Path]:
     """Every file below a folder but hidden ones, those behind links too; a link to a folder above is not entered."""
-    found, above = [], {str(folder): [os.path.realpath(folder)]}
+    found = []
     for name, folders, files in os.walk(folder, followlinks=True):
-        real = {os.path.join(name, inner): os.path.realpath(os.path.join(name, inner)) for inner in folders}
-        folders[:] = [inner for inner in folders if real[os.path.join(name, inner)] not in above[name]]
-        above |= {inner: [*above[name], place] for inner, place in real.items()}
+        here = Path(name).resolve()
+        folders[:] = [inner for inner in folders if not here.is_relative_to(Path(name, inner).resolve())]
         found += [Path(name, file) for file in files if not file.startswith(".") and Path(name, file).is_file()]
     return sorted(found)
 
@@ -150,15 +138,8 @@ class Run:
     profile: Profile
     stages: tuple[Stage, ...] = STAGES
     root: Path = REPO
-    full: bool = False
-    seeds: int | None = None
-    extra: dict[str, object] = field(default_factory=dict)
+    asked: dict[str, object] = field(default_factory=dict)          # parameters from the command line
     hashed: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)      # pattern -> what read_files found
-
-    @property
-    def asked(self) -> dict[str, object]:
-        """Parameters given on the command line: ``--full``, ``--seeds``, and ``-p NAME VALUE`` (``extra``)."""
-        return {name: value for name, value in (("full", self.full), ("seeds", self.seeds)) if value} | self.extra
 
     @property
     def results(self) -> Path:
@@ -174,7 +155,7 @@ class Run:
         """The stage's stamp; empty if it never finished, or the file is damaged."""
         try:
             stamp = json.loads(self.stamp_file(number).read_text())
-            return stamp if {"notebook", "parts", "outputs", "rows", "wall_s", "finished"} <= stamp.keys() else {}
+            return stamp if {"notebook", "parts", "outputs", "wall_s", "finished"} <= stamp.keys() else {}
         except (OSError, ValueError, AttributeError):
             return {}
 
@@ -187,27 +168,22 @@ class Run:
         """A path as the reader of a message wants it: relative to the repository where it lies in it."""
         return str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
 
-    def forget_files(self) -> None:
-        """Hash the data files again at the next question: a stage ran and may have written them."""
-        self.hashed.clear()
-
     def read_files(self, pattern: str) -> dict[str, str]:
         """sha256 of the files a pattern matches: those of its folder by name, each folder below it as one entry.
 
         AudioCaps' clips count by name and size: reading 43 GB at every start would take longer than the run.
         """
-        if pattern in self.hashed:
-            return self.hashed[pattern]
-        places = {"data": self.profile.data_dir, "encoder": self.profile.encoder, "results": self.results}
-        base = self.root / pattern.format(**places).removesuffix("**")
-        clips = places["data"] if self.profile.name == "paper" else None
-        entries: dict[str, list[str]] = {}
-        for path in files_below(base) if pattern.endswith("**") else [base] if base.is_file() else []:
-            top = path if path in (base, base / path.name) else base / path.relative_to(base).parts[0]
-            clip = base == clips and path.suffix.lower() in AUDIO_SUFFIXES
-            content = str(path.stat().st_size) if clip else sha256(path.read_bytes())
-            entries.setdefault(self.name(top), []).append(f"{path.relative_to(base.parent)} {content}")
-        return self.hashed.setdefault(pattern, {name: sha256("\n".join(lines)) for name, lines in entries.items()})
+        if pattern not in self.hashed:
+            places = {"data": self.profile.data_dir, "encoder": self.profile.encoder, "results": self.results}
+            base = self.root / pattern.format(**places).removesuffix("**")
+            entries: dict[str, list[str]] = {}
+            for path in files_below(base) if pattern.endswith("**") else [base] if base.is_file() else []:
+                clip = self.profile.name == "paper" and path.suffix.lower() in AUDIO_SUFFIXES
+                content = str(path.stat().st_size) if clip else sha256(path.read_bytes())
+                top = self.name(base.joinpath(*path.relative_to(base).parts[:1]))
+                entries.setdefault(top, []).append(f"{path.relative_to(base.parent)} {content}")
+            self.hashed[pattern] = {name: sha256("\n".join(lines)) for name, lines in entries.items()}
+        return self.hashed[pattern]
 
     def parts(self, stage: Stage) -> dict[str, str]:
         """Everything the stage reads, by the name that a reason gives it, with its sha256."""
@@ -229,65 +205,40 @@ class Run:
 
     def outputs(self, stage: Stage) -> dict[str, str]:
         """The promised files that exist, with their sha256, or "shared" where several stages write them."""
-        found = {path for pattern in stage.makes for path in self.results.glob(pattern) if path.is_file()}
-        hashes = {path: "shared" if path.name in SHARED else sha256(path.read_bytes()) for path in sorted(found)}
-        return {path.relative_to(self.results).as_posix(): value for path, value in hashes.items()}
-
-    def metric_rows(self) -> dict[str, str]:
-        """``metrics.csv`` as a map from each row's key (``dl.store.METRIC_KEY``) to its sha256."""
-        key = ("experiment", "dataset", "split", "system", "space", "decoding", "metric", "seed", "noise_seed")
-        try:
-            with open(self.results / METRICS, newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            return {"|".join(row.get(name) or "" for name in key): sha256(str(row)) for row in rows}
-        except (OSError, ValueError, csv.Error):
-            return {}
+        found = sorted({path for pattern in stage.makes for path in self.results.glob(pattern) if path.is_file()})
+        return {path.relative_to(self.results).as_posix():
+                "shared" if path.name in SHARED else sha256(path.read_bytes()) for path in found}
 
     def reason(self, stage: Stage) -> str | None:
         """Why the stage has to run; None if all it read and made is as recorded."""
         stamp = self.stamp(stage.number)
         if not stamp:
             return "it has not run yet"
-        before, now = stamp["parts"], self.parts(stage)
+        made = {name: value for name, value in self.outputs(stage).items() if name in stamp["outputs"]}
+        before, now = stamp["parts"] | stamp["outputs"], self.parts(stage) | made
         for name in now | before:
             if before.get(name) != now.get(name):
-                verb = "is no longer read" if name not in now else "changed" if name in before else "is new"
+                verb = "is missing" if name not in now else "changed" if name in before else "is new"
                 return f"{name} ran again" if name.startswith("stage ") else f"{name} {verb}"
-        outputs = self.outputs(stage)
-        for name, value in stamp["outputs"].items():
-            if outputs.get(name) != value:
-                what = "differs from what was written" if name in outputs else "is missing"
-                return f"{self.name(self.results / name)} {what}"
-        if lost := len(set(stamp["rows"]) - set(self.metric_rows())):
-            return f"{lost} of its rows are missing in {self.name(self.results / METRICS)}"
         return None
 
     def chosen(self, only: list[str] | None = None, start: str | None = None) -> list[Stage]:
-        """The stages asked for whose notebook exists, in order.
-
-        Raises:
-            StageError: an unknown number, a stage named by ``--only`` that has no notebook, or nothing to run.
-        """
+        """The stages asked for, in order; StageError for an unknown number, or if there is no notebook to run."""
         numbers = [stage.number for stage in self.stages]
-        for number in [*(only or []), *([start] if start else [])]:
-            if number not in numbers:
-                raise StageError(f"unknown stage {number!r}: choose one of {' '.join(numbers)}")
+        if unknown := {*(only or []), start or numbers[0]} - {*numbers}:
+            raise StageError(f"unknown stage {min(unknown)!r}: choose one of {' '.join(numbers)}")
         named = [stage for stage in self.stages if (stage.number in only if only else stage.default)]
-        if absent := [stage for stage in named if only and not self.source(stage).is_file()]:
-            raise StageError(f"notebooks/{absent[0].notebook} is not part of this version")
-        first = numbers.index(start) if start else 0
-        stages = [stage for stage in named if self.source(stage).is_file() and numbers.index(stage.number) >= first]
-        if not stages:
+        there = [stage for stage in named if self.source(stage).is_file()]
+        if only and len(there) < len(named):
+            absent = next(stage.notebook for stage in named if stage not in there)
+            raise StageError(f"notebooks/{absent} is not part of this version")
+        if not (stages := [stage for stage in there if stage.number >= (start or "")]):
             raise StageError("there is no notebook to run in notebooks/")
         return stages
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep a second run out of ``results/<profile>``; the lock falls with the process that holds it.
-
-        Raises:
-            StageError: another run holds it.
-        """
+        """Keep a second run out of ``results/<profile>`` by a StageError; the lock falls with its process."""
         from filelock import FileLock, Timeout
 
         self.results.mkdir(parents=True, exist_ok=True)
@@ -314,14 +265,6 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------- running the stages
-def seconds_text(seconds: float) -> str:
-    """``7 s``, ``3 min 04 s``, ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def kernels() -> list:
     """The processes started by this one: the kernel and what it started."""
     import psutil
@@ -329,51 +272,59 @@ def kernels() -> list:
     return psutil.Process().children(recursive=True)
 
 
-def stop_kernels(signum: int, frame: object) -> None:
-    """Signal handler: kill the kernels at once, then raise KeyboardInterrupt with the signal's number."""
-    for process in kernels():
-        process.kill()
-    raise KeyboardInterrupt(signum)
+@contextmanager
+def kernels_end_with_us() -> Iterator[None]:
+    """Inside, a signal to stop kills the kernels at once, then raises KeyboardInterrupt with the signal's number."""
+    def stop(signum: int, frame: object) -> None:
+        for process in kernels():
+            process.kill()
+        raise KeyboardInterrupt(signum)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-class Watch(threading.Thread):
-    """Samples the kernels' resident memory twice a second (``peak_mb``, 10^6 bytes); says each minute that it runs."""
+@contextmanager
+def watch(label: str) -> Iterator[list[float]]:
+    """The kernels' resident memory, 10^6 bytes, sampled twice a second; off a terminal, a line of life each minute."""
+    import psutil
 
-    def __init__(self, label: str) -> None:
-        super().__init__(daemon=True)
-        self.label, self.peak_mb, self._end = label, 0.0, threading.Event()
+    samples, ended = [0.0], threading.Event()
 
-    def run(self) -> None:
-        """The thread's loop; ends at :meth:`stop`."""
-        import psutil
-
-        ticks = 0
-        while not self._end.wait(0.5):
-            total, ticks = 0, ticks + 1
+    def sample() -> None:
+        for tick in count(1):
+            if ended.wait(0.5):
+                return
+            total = 0
             for process in kernels():
                 with suppress(psutil.Error):          # it ended meanwhile
                     total += process.memory_info().rss
-            self.peak_mb = max(self.peak_mb, total / 1e6)
-            if ticks % 120 == 0 and not sys.stderr.isatty():
+            samples.append(total / 1e6)
+            if tick % 120 == 0 and not sys.stderr.isatty():
                 with suppress(BrokenPipeError):
-                    print(f"        {self.label} … {ticks // 120} min", flush=True)
+                    print(f"        {label} … {tick // 120} min", flush=True)
 
-    def stop(self) -> float:
-        """End the thread and return ``peak_mb``."""
-        self._end.set()
-        self.join()
-        return self.peak_mb
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        ended.set()
+        thread.join()
 
 
-def execute(run: Run, stage: Stage) -> Path:
-    """Run one notebook by papermill and return the executed copy, which gets its name only when it is complete.
+def execute(run: Run, stage: Stage) -> None:
+    """Run one notebook by papermill; the executed copy gets its name only when it is complete.
 
     Raises:
         StageError: a cell failed (the copy up to it is kept as ``*.failed.ipynb``), the kernel died or did not start,
             or a promised file is absent.
     """
     parameters = run.parameters(stage)
-    from nbclient.exceptions import DeadKernelError
     from papermill import PapermillExecutionError, execute_notebook
 
     target = run.results / "notebooks" / stage.notebook
@@ -384,20 +335,19 @@ def execute(run: Run, stage: Stage) -> Path:
         execute_notebook(str(run.source(stage)), str(partial), parameters=parameters, kernel_name="python3",
                          cwd=str(run.root), progress_bar=sys.stderr.isatty(), autosave_cell_every=60,
                          start_timeout=KERNEL_START_S, extra_arguments=["--log-level=CRITICAL"])
+        os.replace(partial, target)
     except PapermillExecutionError as error:
         os.replace(partial, failed)
         text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).rstrip() or f"{error.ename}: {error.evalue}"
         lines = "\n".join(f"    {line}" for line in text.splitlines()[-12:])
         raise StageError(f"stage {stage.number} failed in cell [{error.exec_count}] of {stage.notebook}:\n{lines}\n"
                          f"The executed copy up to there: {run.name(failed)}\n{go_on}") from None
-    except DeadKernelError:
-        raise StageError(f"stage {stage.number}: the kernel died, most often for lack of memory. {go_on}") from None
     except (RuntimeError, LookupError) as error:          # it did not answer in time, or no kernel has this name
         reason = " ".join(str(error).split())[:200]
-        raise StageError(f"stage {stage.number}: the kernel did not start ({reason}): see whether "
-                         f"python -m ipykernel --version answers, and how soon. {go_on}") from None
+        raise StageError(f"stage {stage.number}: the kernel died, most often for lack of memory, or did not start "
+                         f"({reason}): see whether python -m ipykernel --version answers. {go_on}") from None
     finally:
-        partial.unlink(missing_ok=True) if sys.exc_info()[0] else os.replace(partial, target)
+        partial.unlink(missing_ok=True)
     failed.unlink(missing_ok=True)
     if "report.html" in stage.makes:
         from dl.report import write_cards, write_report
@@ -408,15 +358,10 @@ def execute(run: Run, stage: Stage) -> Path:
     if absent := [pattern for pattern in stage.makes if not any(run.results.glob(pattern))]:
         promised = f"{run.name(run.results)}/{absent[0]}"
         raise StageError(f"stage {stage.number}: {stage.notebook} ended without {promised}. {go_on}")
-    return target
 
 
 def run_stage(run: Run, stage: Stage, device: str) -> None:
-    """Execute a stage, then write its row of ``timing.csv`` and its stamp.
-
-    Raises:
-        StageError: see :func:`execute`; also a ``timing.csv`` that nothing can be added to, before the stage begins.
-    """
+    """Execute a stage, then write its row of ``timing.csv`` and its stamp."""
     from dl.store import RowFile, atomic_write
 
     timing = RowFile(run.results / "timing.csv", ("stage", "device", "wall_s", "peak_memory_mb"), ("stage", "device"))
@@ -424,26 +369,28 @@ def run_stage(run: Run, stage: Stage, device: str) -> None:
         timing.read()
     except ValueError as error:
         raise StageError(str(error)) from None
-    parts, rows_before, earlier = run.parts(stage), run.metric_rows(), set(run.stamp(stage.number).get("rows", []))
+    parts = run.parts(stage)
     run.stamp_file(stage.number).unlink(missing_ok=True)
-    watch, started = Watch(stage.number), time.monotonic()
-    watch.start()
+    began = time.monotonic()
     try:
-        execute(run, stage)
+        with watch(stage.number) as memory:
+            execute(run, stage)
     finally:
-        peak_mb, wall_s = watch.stop(), round(time.monotonic() - started, 1)
-        run.forget_files()
-    rows = run.metric_rows()
-    mine = {key for key, value in rows.items() if rows_before.get(key) != value} | (earlier & set(rows))
+        run.hashed.clear()                            # it may have written what other stages read
+    wall_s, peak_mb = round(time.monotonic() - began, 1), max(memory)
     timing.add([{"stage": stage.number, "device": device, "wall_s": wall_s, "peak_memory_mb": round(peak_mb)}])
     for pattern in stage.reads:
         if pattern.startswith("{results}"):           # a file that it may have written anew itself
             parts |= run.read_files(pattern)
-    stamp = {"notebook": stage.notebook, "parts": parts, "outputs": run.outputs(stage), "rows": sorted(mine),
-             "wall_s": wall_s, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-             "dl": source_sha256(run.root / "dl")}
+    stamp = {"notebook": stage.notebook, "parts": parts, "outputs": run.outputs(stage), "wall_s": wall_s,
+             "finished": datetime.now(UTC).isoformat(timespec="seconds"), "dl": source_sha256(run.root / "dl")}
     atomic_write(run.stamp_file(stage.number), json.dumps(stamp, indent=1))
-    print(f"        {stage.number} done in {seconds_text(wall_s)}, peak memory {peak_mb / 1000:.1f} GB", flush=True)
+    print(f"        {stage.number} done in {duration(began)}, peak memory {peak_mb / 1000:.1f} GB", flush=True)
+
+
+def duration(began: float) -> timedelta:
+    """The whole seconds since a moment of ``time.monotonic()``."""
+    return timedelta(seconds=round(time.monotonic() - began))
 
 
 def run_stages(run: Run, only: list[str] | None = None, start: str | None = None, force: bool = False,
@@ -457,13 +404,14 @@ def run_stages(run: Run, only: list[str] | None = None, start: str | None = None
     Returns:
         Exit code: 0 done, 1 a stage failed, 2 a wrong call or a second run at the same time, 130 (143) interrupted.
     """
+    began, device, done, stage = time.monotonic(), None, 0, None
     try:
         stages = run.chosen(only, start)
-        if "profile" in run.extra:
+        if "profile" in run.asked:
             raise StageError("choose the profile by --profile, not by -p")
         for name in run.asked:
             if not any(name in parameter_names(run.source(stage)) for stage in stages):
-                option = f"-p {name}" if name in run.extra else f"--{name}"
+                option = f"--{name}" if name in ("full", "seeds") else f"-p {name}"
                 raise StageError(f"none of these stages takes the parameter '{name}': leave {option} out")
         print(f"profile {run.profile.name}: {len(stages)} stages, results in {run.name(run.results)}/", flush=True)
         if dry_run:
@@ -474,11 +422,28 @@ def run_stages(run: Run, only: list[str] | None = None, start: str | None = None
             last = "nothing was run or written; python -m dl check --profile paper looks again"
             print(*missing, OWN_PATHS, f"run_all: {last}", sep="\n", file=sys.stderr, flush=True)
             return 2
-        with run.lock():
-            return _run_locked(run, stages, force)
+        with run.lock(), kernels_end_with_us():
+            prepare_kernels(run.profile)
+            for stage in stages:
+                reason = "--force" if force else run.reason(stage)
+                say(run, stage, reason)
+                if reason:
+                    device = device or find_device()
+                    run_stage(run, stage, device)
+                    done += 1
+            if done:
+                record_provenance(run)
+            print(f"\n{done} stages run, {len(stages) - done} up to date, in {duration(began)}")
+            last_screen(run)
+            return 0
     except StageError as error:
         print(f"run_all: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 1 if stage else 2
+    except KeyboardInterrupt as interrupt:
+        where = f"stage {stage.number}" if stage else "its preparations"
+        print(f"\nrun_all: stopped in {where} after {duration(began)}; ./run_all.sh goes on from there",
+              file=sys.stderr, flush=True)
+        return 143 if signal.SIGTERM in interrupt.args else 130
     except BrokenPipeError:
         raise
     except OSError as error:                                  # a full disk, a results folder that may not be written
@@ -492,58 +457,33 @@ def plan(run: Run, stages: list[Stage], force: bool = False) -> dict[str, str | 
     reasons: dict[str, str | None] = {}
     for stage in stages:
         reason = "--force" if force else run.reason(stage)
-        reasons[stage.number] = reason or next((f"stage {number} runs first" for number in stage.after
-                                                if reasons.get(number)), None)
+        first = next((number for number in stage.after if reasons.get(number)), None)
+        reasons[stage.number] = reason or (f"stage {first} runs first" if first else None)
         say(run, stage, reasons[stage.number])
     return reasons
 
 
 def say(run: Run, stage: Stage, reason: str | None) -> None:
     """One line: ``RUN  05 cross_the_bridge: BRIDGE_RECIPE changed``."""
-    title = Path(stage.notebook).stem.split("_", 1)[-1]
+    title = Path(stage.notebook).stem.partition("_")[2]
     edited = run.stamp(stage.number).get("dl") not in (None, source_sha256(run.root / "dl"))
     note = f"; dl has changed since {stage.number} ran (--force runs it again)" if edited else ""
-    verdict = f"RUN  {stage.number} {title}: {reason}" if reason else f"SKIP {stage.number} {title}: up to date{note}"
-    print(verdict, flush=True)
+    print(f"RUN  {stage.number} {title}: {reason}" if reason else f"SKIP {stage.number} {title}: up to date{note}",
+          flush=True)
 
 
-def _run_locked(run: Run, stages: list[Stage], force: bool) -> int:
+def prepare_kernels(profile: Profile) -> None:
+    """Set this process's environment, which the kernels inherit."""
     try:
         Path.home()
     except RuntimeError:
         raise StageError("there is no home folder, where Jupyter and the language model keep files: "
                          "set HOME to a folder that can be written") from None
-    if run.profile.encoder == "mini":
+    if profile.encoder == "mini":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")          # all it needs is installed: no wait for a network
     for name in ("JPY_SESSION_NAME", "JUPYTER_PATH"):         # a front end and kernels that are not the stages'
         os.environ.pop(name, None)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"               # of two kernels called python3, this environment's
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.signal(number, stop_kernels) for number in signals}
-    began, device, done, stage = time.monotonic(), None, 0, stages[0]
-    try:
-        for stage in stages:
-            reason = "--force" if force else run.reason(stage)
-            say(run, stage, reason)
-            if reason:
-                device = device or find_device()
-                run_stage(run, stage, device)
-                done += 1
-        if done:
-            record_provenance(run)
-        print(f"\n{done} stages run, {len(stages) - done} up to date, in {seconds_text(time.monotonic() - began)}")
-        last_screen(run)
-        return 0
-    except StageError as error:
-        print(f"run_all: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt as interrupt:
-        print(f"\nrun_all: stopped in stage {stage.number} after {seconds_text(time.monotonic() - began)}; "
-              "./run_all.sh goes on from there", file=sys.stderr, flush=True)
-        return 143 if signal.SIGTERM in interrupt.args else 130
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def find_device() -> str:
@@ -551,8 +491,8 @@ def find_device() -> str:
     done = subprocess.run([sys.executable, "-c", "from dl.store import device_name; print(device_name())"],
                           capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StageError(f"torch does not load: {reason}; run python -m dl check")
+        reason = done.stderr.strip().rpartition("\n")[2]
+        raise StageError(f"torch does not load ({reason}): run python -m dl check")
     return done.stdout.strip()
 
 
@@ -563,11 +503,13 @@ def record_provenance(run: Run) -> None:
     data = run.profile.data_dir
     inputs = [*sorted(data.glob("*.csv")), data / "recordings", data / "mini_clap"]       # no AudioCaps: 43 GB
     path = write_provenance(run.profile, {run.name(path): path for path in inputs if path.exists()})
-    stamps = {stage.number: stamp for stage in run.stages if (stamp := run.stamp(stage.number))}
-    record = json.loads(path.read_text()) | {"command": " ".join(["run_all.sh", *sys.argv[2:]])}
-    record["stages"] = {number: {**{name: stamp[name] for name in ("notebook", "wall_s", "finished")},
-                                 "notebook_sha256": stamp["parts"][f"notebooks/{stamp['notebook']}"]}
-                        for number, stamp in stamps.items()}
+    stages = {}
+    for stage in run.stages:
+        if stamp := run.stamp(stage.number):
+            stages[stage.number] = {name: stamp[name] for name in ("notebook", "wall_s", "finished")}
+            stages[stage.number]["notebook_sha256"] = stamp["parts"][f"notebooks/{stamp['notebook']}"]
+    command = " ".join(["run_all.sh", *sys.argv[2:]])
+    record = json.loads(path.read_text()) | {"command": command, "stages": stages}
     atomic_write(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
@@ -587,22 +529,19 @@ def list_stages(run: Run) -> None:
         reads = [pattern.format(**names).removesuffix("/**") for pattern in stage.reads]
         listed = ", ".join(dict.fromkeys([*reads, *(f"stage {number}" for number in stage.after)])) or "-"
         state = run.stamp(stage.number).get("finished", "not run" if run.source(stage).is_file() else "no notebook")
-        print(f"{stage.number:<3} {Path(stage.notebook).stem.split('_', 1)[-1]:<26} reads: {listed:<42} "
+        print(f"{stage.number:<3} {Path(stage.notebook).stem.partition('_')[2]:<26} reads: {listed:<42} "
               f"makes: {', '.join(stage.makes) or '-'}  ({state}{'' if stage.default else '; only by --only'})")
 
 
 # -------------------------------------------------- two long jobs of profile paper, alone or under accelerate launch
-PATIENCE = timedelta(hours=12)     # how long a process waits for the one that opens the encoder or fits a bridge
-
-
-def start(cpu: bool | None = None) -> Accelerator:
-    """This process among its kind; alone, where nothing was launched. ``cpu=None`` takes a GPU where there is one."""
+def start() -> Accelerator:
+    """This process among its kind; alone, where nothing was launched. It takes a GPU where there is one."""
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    return Accelerator(cpu=not torch.accelerator.is_available() if cpu is None else cpu,
-                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    patience = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=not torch.accelerator.is_available(), kwargs_handlers=[patience])
 
 
 def embed(profile: Profile) -> int:
@@ -611,7 +550,6 @@ def embed(profile: Profile) -> int:
     from dl.data import load_split
 
     accelerator = start()
-    where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     with accelerator.main_process_first():                            # the first converts a .pt
         encoder = ClapEncoder.from_pretrained(profile.encoder, device=str(accelerator.device))
     for name in SPLITS:
@@ -620,7 +558,7 @@ def embed(profile: Profile) -> int:
         seconds = time.perf_counter() - began
         accelerator.print(f"{name}: {len(found.clip_ids):,} clips embedded, {len(found.skipped)} unusable, "
                           f"{len(split.missing)} not on disk; {seconds:.1f} s, {len(split) / seconds:.1f} clips/s "
-                          f"in {where}")
+                          f"in {accelerator.num_processes} process(es) on {accelerator.device.type}")
     return 0
 
 

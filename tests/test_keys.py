@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import soundfile
@@ -19,7 +18,6 @@ from dl.data import load_split
 from dl.experiments import fit_system, mapping_key
 from dl.store import content, key, load_checkpoint, save_checkpoint
 
-CLIPS = {"train": 4, "val": 4, "test": 4}
 NAMING = """
 import torch
 from dl.clap import Embeddings
@@ -36,7 +34,7 @@ def small(tmp_path, results_root) -> Profile:
     """Four scenes a split, with recordings of their own that a test may change."""
     folder = tmp_path / "mini"
     shutil.copytree(REPO / "data/mini", folder, ignore=shutil.ignore_patterns("mini_clap"))
-    return get_profile("smoke", data_dir=folder, max_clips=CLIPS)
+    return get_profile("smoke", data_dir=folder, max_clips={"train": 4, "val": 4, "test": 4})
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +42,20 @@ def encoder() -> ClapEncoder:
     return ClapEncoder.from_pretrained("mini", device="cpu")
 
 
-def pairs(seed: int = 0) -> Embeddings:
-    rows = torch.nn.functional.normalize(torch.randn(12, 8, generator=torch.Generator().manual_seed(seed)), dim=1)
-    return Embeddings("train", [str(i) for i in range(12)], rows, rows.flip(1), torch.arange(12), [f"caption {i}" for i in range(12)], [])
+def pairs(seed: int) -> Embeddings:
+    rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(seed))
+    rows, names = torch.nn.functional.normalize(rows, dim=1), [f"caption {i}" for i in range(12)]
+    return Embeddings("train", names, rows, rows.flip(1), torch.arange(12), names, [])
 
 
 def test_a_key_shows_its_parts_and_its_digest_follows_them():
     data = key("vectors", 1, crop="first")
     made = key("fit", 2, settings={"b": (1, 2), "a": 1.5}, data=data)
-    assert made == {"kind": "fit", "recipe": 2, "settings": {"b": [1, 2], "a": 1.5}, "data": data.digest} and len(made.digest) == 16
-    assert made.digest == key("fit", 2, data=data, settings={"a": 1.5, "b": [1, 2]}).digest
-    others = [key("fit", 3, settings=made["settings"], data=data), key("fit", 2, settings={}, data=data), key("fit", 2, settings=made["settings"], data="x")]
+    assert made == {"kind": "fit", "recipe": 2, "settings": {"b": [1, 2], "a": 1.5}, "data": data.digest}
+    assert len(made.digest) == 16 and made.digest == key("fit", 2, data=data, settings={"a": 1.5, "b": [1, 2]}).digest
+    settings = made["settings"]
+    others = [key("fit", 3, settings=settings, data=data), key("fit", 2, settings={}, data=data),
+              key("fit", 2, settings=settings, data="x")]
     assert len({made.digest, *(other.digest for other in others)}) == 4
     with pytest.raises(TypeError):
         key("fit", 1, data=torch.ones(2))
@@ -62,72 +63,67 @@ def test_a_key_shows_its_parts_and_its_digest_follows_them():
 
 def test_content_sees_every_value_shape_and_text():
     rows = torch.arange(6.0)
-    found = {content(rows), content(rows.view(2, 3)), content(rows.double()), content(rows + 1e-6), content(rows, ["a"]), content(rows, ["a", "b"]), content(rows, ["ab"])}
-    assert len(found) == 7 and content(rows.clone()) == content(rows)
+    arrays = [[rows], [rows.view(2, 3)], [rows.double()], [rows + 1e-6], [rows, ["a"]], [rows, ["a", "b"]],
+              [rows, ["ab"]]]
+    assert len({content(*those) for those in arrays}) == 7 and content(rows.clone()) == content(rows)
 
 
 def test_a_checkpoint_of_other_parts_names_them(tmp_path, capsys):
-    save_checkpoint(tmp_path / "fit.safetensors", {"w": torch.ones(2)}, {"step": 1}, key("fit", 1, seed=0, data="x"))
-    assert load_checkpoint(tmp_path / "fit.safetensors", key("fit", 1, seed=0, data="x"))
-    assert load_checkpoint(tmp_path / "fit.safetensors", key("fit", 2, seed=0, data="y")) is None
+    path = tmp_path / "fit.safetensors"
+    save_checkpoint(path, {"w": torch.ones(2)}, {"step": 1}, key("fit", 1, seed=0, data="x"))
+    assert load_checkpoint(path, key("fit", 1, seed=0, data="x"))
+    assert load_checkpoint(path, key("fit", 2, seed=0, data="y")) is None
     assert "(its data, recipe differ)" in capsys.readouterr().err
 
 
-def test_other_sounds_captions_or_recipes_give_new_vectors(small, encoder, monkeypatch):
-    before = vectors_key(load_split(small, "train"), encoder)
-    recording = load_split(small, "train").files[0]
-    assert vectors_key(load_split(small, "train"), encoder) == before
-    whole = recording.read_bytes()
-    recording.write_bytes(whole[:-200])                          # the same name, repaired or damaged
-    assert vectors_key(load_split(small, "train"), encoder).digest != before.digest
-    recording.write_bytes(whole)
-    table = small.data_dir / "train.csv"
-    lines = table.read_text().splitlines(keepends=True)
-    table.write_text("".join([lines[0], lines[1].rstrip() + " again\n", *lines[2:]]))
-    assert vectors_key(load_split(small, "train"), encoder).digest != before.digest
-    table.write_text("".join(lines))
-    assert vectors_key(load_split(small, "train"), encoder) == before
-    monkeypatch.setattr(clap, "MIX_RECIPE", 2)
-    assert vectors_key(load_split(small, "train"), encoder)["mixing"] == 2
+def test_other_sounds_captions_or_recipes_give_other_vectors_and_fits(small, encoder, monkeypatch):
+    def named() -> str:
+        return vectors_key(load_split(small, "train"), encoder).digest
 
-
-def test_a_changed_recording_is_embedded_again_and_fitted_again(small, encoder):
     def embed() -> Embeddings:
         embed_split(small, load_split(small, "train"), encoder, progress=False)
         return load_embeddings(small, "train")
 
-    first, file = embed(), small.cache_dir / "embeddings/train.safetensors"
+    first, file, before = embed(), small.cache_dir / "embeddings/train.safetensors", named()
     written = file.stat().st_mtime_ns
-    assert torch.equal(embed().audio, first.audio) and file.stat().st_mtime_ns == written
+    assert torch.equal(embed().audio, first.audio) and file.stat().st_mtime_ns == written and named() == before
+    table = small.data_dir / "train.csv"
+    text = table.read_text()
+    header, caption, *others = text.splitlines(keepends=True)
+    table.write_text("".join([header, caption.rstrip() + " again\n", *others]))
+    assert named() != before
+    table.write_text(text)
+    assert named() == before
     recording = load_split(small, "train").files[0]
     sound, rate = soundfile.read(recording)
-    soundfile.write(recording, sound[::-1], rate, format="OGG", subtype="OPUS")
+    soundfile.write(recording, sound[::-1], rate, format="OGG", subtype="OPUS")       # another sound by the same name
     changed = embed()
-    assert not torch.equal(changed.audio, first.audio) and changed.key != first.key
-    assert mapping_key(small, "diffusion_link", changed, 0).digest != mapping_key(small, "diffusion_link", first, 0).digest
+    assert not torch.equal(changed.audio, first.audio) and changed.key != first.key and named() != before
+    names = [mapping_key(small, "diffusion_link", e, 0).digest for e in (first, changed)]
+    assert names[0] != names[1]
+    monkeypatch.setattr(clap, "MIX_RECIPE", 2)
+    assert vectors_key(load_split(small, "train"), encoder)["mixing"] == 2
 
 
 def test_other_data_under_the_same_settings_have_a_fit_of_their_own(tmp_path):
     profile = get_profile("smoke", results_root=tmp_path, bridge=BridgeConfig(train_steps=2, batch_size=4))
     one = fit_system(profile, "diffusion_link", pairs(0))
-    fit_system(profile, "diffusion_link", pairs(1))
-    assert len(list((profile.cache_dir / "fits").iterdir())) == 2
-    again = fit_system(profile, "diffusion_link", pairs(0))
-    assert len(list((profile.cache_dir / "fits").iterdir())) == 2 and torch.equal(again(pairs(0).audio), one(pairs(0).audio))
-    fit_system(profile, "diffusion_link", replace(pairs(0), audio=pairs(0).audio.flip(0)))
-    assert len(list((profile.cache_dir / "fits").iterdir())) == 3
+    for data, fits in ((pairs(1), 2), (pairs(0), 2), (replace(pairs(0), audio=pairs(0).audio.flip(0)), 3)):
+        again = fit_system(profile, "diffusion_link", data)
+        assert len(list((profile.cache_dir / "fits").iterdir())) == fits
+        same = torch.equal(data.audio, pairs(0).audio)
+        assert torch.equal(again(pairs(0).audio), one(pairs(0).audio)) == same
 
 
-@pytest.mark.parametrize(("change", "same"), [("# a comment\n", True), ("Hint = int | None\n", True), ("BRIDGE_RECIPE = 7\n", False)])
+@pytest.mark.parametrize("change, same", [("# a comment\nHint = int | None\n", True), ("BRIDGE_RECIPE = 7\n", False)])
 def test_only_a_recipe_of_the_code_decides(tmp_path, change, same):
     shutil.copytree(REPO / "dl", tmp_path / "dl")
     shutil.copy(REPO / "pyproject.toml", tmp_path)          # dl wants its repository around it
 
     def name() -> str:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        return subprocess.run([sys.executable, "-c", NAMING], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([sys.executable, "-c", NAMING], cwd=tmp_path, capture_output=True, text=True, check=True,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path)}).stdout
 
-    before = name()
-    module = Path(tmp_path / "dl/train.py")
+    before, module = name(), tmp_path / "dl/train.py"
     module.write_text(module.read_text() + change)
     assert (name() == before) == same

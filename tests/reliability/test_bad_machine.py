@@ -105,7 +105,7 @@ def test_the_runner_on_a_full_disk(toy, monkeypatch, capsys, ledger):  # noqa: F
     """Stage 01 is done, then its stamp cannot be written: one line, code 1; with space again the run goes on, and 02 is not lost."""
     assert run_stages(toy) == 0
     (toy.root / "data/in.csv").write_text("b\n")
-    toy.forget_files()
+    toy.hashed.clear()
     metrics = (toy.results / "metrics.csv").read_bytes()
     ran(toy)
     with ledger.attempt("bad input", "disk full"):
