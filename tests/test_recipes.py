@@ -284,8 +284,6 @@ def decoder_values() -> Values:
                 [value.double().abs().sum() for value in state.values()])
             for beams in (1, 2):
                 out[f"{name}, {beams} beams"] = captioner.generate(embeddings[:4], num_beams=beams)
-        out["sampled"] = captioner.generate(embeddings[:2], do_sample=True, temperature=0.8, top_p=0.95,
-            num_return_sequences=2, seed=3, max_new_tokens=6)
         out["learning_rate"] = numbers([captioner_learning_rate(config, step) for step in range(5)])
     sampler = BucketSampler([5 + i * 7 % 13 for i in range(70)], 4, 0)
     out["batches"] = numbers(sampler.batches_per_epoch, *(sampler[i] for i in (0, 1, 2, 20)))
