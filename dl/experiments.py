@@ -234,7 +234,8 @@ def search(profile: Profile, system: str, train: Embeddings, val: Embeddings) ->
         started = time.perf_counter()
         peer = fit_system(profile, system, train, **fit_trial)
         for call_trial in INFERENCE.get(system, [{}]):
-            peer.set_inference(**call_trial)
+            if isinstance(peer, TrainedPeer):
+                peer.set_inference(**call_trial)
             scores = [gap_metrics(mapped, reference, only=WATCHED)
                       for _, _, mapped in map_runs(peer, val.audio, 0, profile.noise_seeds[:2])]
             means = {metric: sum(float(score[metric][0]) for score in scores) / len(scores) for metric in WATCHED}

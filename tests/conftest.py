@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"               # before any import of huggingface_hub reads it
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "reliability"))
 from ledger import COLUMNS, LEDGER
@@ -66,3 +68,12 @@ def results_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "results"
     monkeypatch.setenv("DL_RESULTS", str(root))
     return root
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on two threads, and their figures are those of one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
@@ -247,9 +247,9 @@ def peer_values() -> Values:
             weighted(peer.network)      # a few steps leave a network that hardly sees its noise level
             out[f"{label}, other weights"] = brief(peer(given))
             if name == "diffusion_bridge":
-                for space in ("text", "centred"):
-                    out[f"map_text, {space} space"] = brief(peer.map_text(test_text, space=space),
-                        peer.map_text(test_text, 100, space))
+                centred = [peer.map_text(test_text, *level) for level in ((), (100,))]
+                out["map_text, centred space"] = brief(*centred)
+                out["map_text, text space"] = brief(*(uncentre(x, peer.text_mean, peer.text_radius) for x in centred))
             peer.set_inference(start_timestep=30, num_inference_steps=2, add_noise=False)
             out[f"{label}, called otherwise"] = brief(peer(given))
     inside = centre(test_text, text.mean(0))
@@ -387,14 +387,6 @@ GROUPS: dict[str, Callable[[], Values]] = dict(zip(RECIPES, (
 
 
 # --------------------------------------------------------------------------------------------------------------- tests
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", GROUPS)
 def test_values_move_only_with_the_recipe(name, one_thread):
     entry = json.loads(GOLDENS.read_text(encoding="utf-8"))[name]
