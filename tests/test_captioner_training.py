@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from test_captioner import CAPTIONS, D, loss_by_hand, one_line, tiny_config, tiny_language_model
 
 from dl import captioner as language_model
-from dl import captioner_train
 from dl.captioner import LLMCaptioner
 from dl.captioner_train import BucketSampler, caption_loss, learning_rate, train_captioner
 from dl.config import REPO, CaptionerConfig, number_format, resolve_dtype
@@ -285,17 +284,6 @@ def test_two_processes_train_like_one(folder, pairs, tmp_path, sharing):
     if sharing == "sharded":
         stored = load_file(tmp_path / "two.safetensors")
         assert all(torch.equal(stored[f"weights.{name}"], value) for name, value in load_file(tmp_path / "process0.safetensors").items())
-
-
-def test_processes_may_change_between_two_starts(folder, pairs, tmp_path, capsys):
-    """A fit begun by others goes on and says so; a finished one is read, whoever made it."""
-    train(folder, pairs, tmp_path / "fit.safetensors", interrupt=7, checkpoint_every=5)
-    content = captioner_train.load_checkpoint
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captioner_train, "load_checkpoint", lambda *arguments: (found := content(*arguments)) and (found[0], {**found[1], "processes": 4}))
-        _, history, steps = train(folder, pairs, tmp_path / "fit.safetensors")
-        assert "was begun by 4 processes and goes on with 1" in capsys.readouterr().err and steps[0] == 6 and history.step.iloc[-1] == 12
-        assert train(folder, pairs, tmp_path / "fit.safetensors")[2] == []
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory
