@@ -26,7 +26,6 @@ from dl.config import BridgeConfig
 from dl.scheduler import DDIMScheduler, ddim_sample, standard_normal
 from dl.store import atomic_write
 
-NETWORK_FIELDS = ("num_blocks", "width_factor", "dropout")
 SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 INFERENCE_FIELDS = ("start_timestep", "num_inference_steps", "add_noise")
 TOPOLOGY_FORMS = ("gram", "softmax_kl", "cross_gram", "distance")
@@ -50,10 +49,8 @@ def zero_linear(in_features: int, out_features: int) -> nn.Linear:
 def unit_rows(embeddings: Tensor, embed_dim: int | None, name: str) -> Tensor:
     """Check embeddings (B, D) and divide each row by its norm: (B, D) float32 without gradient.
 
-    Rows of unit norm (to 1e-5) stay as they are, bit for bit. ``embed_dim`` None takes any width.
-
-    Raises:
-        ValueError: not a tensor of two dimensions, another width, NaN or infinity, a zero row; it calls them ``name``.
+    Rows of unit norm (to 1e-5) stay as they are, bit for bit. ``embed_dim`` None takes any width. Raises ValueError
+    (wrong shape or width, NaN or infinity, a zero row), which calls them ``name``.
     """
     if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:
         shape = tuple(embeddings.shape) if isinstance(embeddings, Tensor) else type(embeddings).__name__
@@ -75,9 +72,8 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0)
 
     k (B,) of any numeric dtype -> (B, dim) float32: dim/2 cosines, then dim/2 sines; dim is even.
     """
-    half = dim // 2
-    steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
-    frequencies = torch.exp(-math.log(max_period) * steps / half)  # (dim/2,)
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=timestep.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / (dim // 2))  # (dim/2,)
     angles = timestep.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
 
@@ -111,12 +107,7 @@ class BridgeNetwork(nn.Module):
 
     Linear D -> W = width_factor D; blocks; LayerNorm -> SiLU -> Linear W -> D that starts at zero, so that the output
     at initialisation is exactly 0. Three blocks: [paper]; the rest: [SEED]. At D = 512: 9,725,440 parameters.
-    ``condition_dim`` is the width of a vector that ``forward`` takes beside the sample; the bridge has none, the
-    conditional diffusion peer passes the audio embedding.
-
-    Example:
-        >>> BridgeNetwork(512)(torch.zeros(4, 512), torch.tensor(50)).shape
-        torch.Size([4, 512])
+    ``condition_dim`` is the width of a vector that ``forward`` takes beside the sample; 0 in the bridge.
     """
 
     def __init__(self, embed_dim: int, num_blocks: int = 3, width_factor: int = 2, dropout: float = 0.1,
@@ -131,15 +122,10 @@ class BridgeNetwork(nn.Module):
         self.output = zero_linear(width, embed_dim)
 
     def forward(self, sample: Tensor, timestep: Tensor | int, condition: Tensor | None = None) -> Tensor:
-        """Predict the clean, scaled text embedding x_t from the noised embedding x^k and its level k.
+        """Predict the clean, scaled text embedding x_t, (B, D), from the noised x^k and its level k.
 
-        Args:
-            sample: x^k, (B, D) float32, coordinates of about unit variance.
-            timestep: k, int64, (B,) for one level each, or () for one level that all rows share.
-            condition: (B, condition_dim), only for a network that was built with one.
-
-        Returns:
-            (B, D) float32.
+        ``sample`` is x^k, (B, D) float32 of about unit variance; ``timestep`` k, int64, (B,) or () for all rows;
+        ``condition`` (B, condition_dim), only for a network that was built with one.
         """
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)  # (B,) or (1,)
         time_emb = self.time_mlp(timestep_embedding(timestep, 2 * self.embed_dim))  # (B or 1, 2D) -> (B or 1, D)
@@ -159,13 +145,8 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
     n = 1 the network's prediction is the answer [SEED: k* = 50, one step]; n > 1 is DDIM with eta = 0 [ours]. k* = 0
     still noises (abar_0 = .9999) and still maps. See ``BridgeNetwork`` and ``DDIMScheduler`` for their fields.
 
-    Args:
-        embed_dim: D.
-        scale: s > 0; None takes sqrt(D). Stored with the weights (buffer ``scale``); loading takes the stored value.
-        start_timestep, num_inference_steps, add_noise: defaults of a call.
-
-    Raises:
-        ValueError: a value out of its range.
+    ``embed_dim`` is D; ``scale`` s > 0, None takes sqrt(D), and it is stored with the weights; start_timestep,
+    num_inference_steps and add_noise are the defaults of a call. Raises ValueError for a value out of its range.
 
     Example:
         >>> bridge = DiffusionLink(embed_dim=256)
@@ -193,8 +174,8 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
     @classmethod
     def from_config(cls, config: BridgeConfig, embed_dim: int) -> DiffusionLink:
         """An untrained bridge for ``embed_dim`` with the network, schedule and inference fields of ``config``."""
-        values = asdict(config)
-        return cls(embed_dim, **{name: values[name] for name in NETWORK_FIELDS + SCHEDULE_FIELDS + INFERENCE_FIELDS})
+        known = cls._hub_mixin_init_parameters
+        return cls(embed_dim, **{name: value for name, value in asdict(config).items() if name in known})
 
     @torch.no_grad()
     def forward(self, audio_emb: Tensor, start_timestep: int | None = None, num_inference_steps: int | None = None,
@@ -211,8 +192,8 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
             return_trajectory: also return the samples on the way.
 
         Returns:
-            bridged_emb, (B, D) float32, unit norm; with return_trajectory also the trajectory, (n + 1, B, D) float32
-            on the scale of x: row 0 is x^{k*}, the last row is bridged_emb before normalisation.
+            (B, D) float32, unit norm; with return_trajectory also (n + 1, B, D) float32 on the scale of x: row 0 is
+            x^{k*}, the last row is the answer before normalisation.
 
         Raises:
             ValueError: wrong shape or width, NaN or infinity, a zero row, k* or n out of range.
@@ -247,8 +228,7 @@ class DiffusionLink(nn.Module, PyTorchModelHubMixin, model_card_template=MODEL_C
         """
         stored = copy.deepcopy(self)
         stored.network.to(dtype)
-        inference = {name: getattr(self, name) for name in INFERENCE_FIELDS}
-        stored._hub_mixin_config = {**self._hub_mixin_config, **inference}
+        stored._hub_mixin_config = self._hub_mixin_config | {name: getattr(self, name) for name in INFERENCE_FIELDS}
         kwargs["repo_id"] = kwargs.get("repo_id") or Path(save_directory).name
         with tempfile.TemporaryDirectory() as folder:
             url = super(DiffusionLink, stored).save_pretrained(folder, **kwargs)
@@ -306,8 +286,7 @@ def topology_loss(prediction: Tensor, target: Tensor, form: str = "gram", temper
 
     f and t are (B, D) of any norm, B >= 2; ``temperature`` is tau > 0 [ours: 0.1]. Returns () float.
 
-    Raises:
-        ValueError: unknown form, or fewer than two rows.
+    Raises ValueError for an unknown form or fewer than two rows.
     """
     # DEVIATION(topology-formula): the paper's formula is unknown to us; "gram" is our default.
     if form not in TOPOLOGY_FORMS:
@@ -315,50 +294,34 @@ def topology_loss(prediction: Tensor, target: Tensor, form: str = "gram", temper
     if len(prediction) < 2:
         raise ValueError("the topology loss compares pairs of rows: use a batch of at least 2, or topology_weight=0")
     f, t = F.normalize(prediction, dim=-1, eps=1e-6), F.normalize(target, dim=-1)  # (B, D); f starts at 0, hence eps
-    gram = t @ t.T  # (B, B)
+    found, wanted = (f @ t.T if form == "cross_gram" else f @ f.T), t @ t.T  # cosines, (B, B)
     if form == "softmax_kl":
         others = ~torch.eye(len(f), dtype=torch.bool, device=f.device)  # the pairs i != j
-        wanted, found = (F.log_softmax(cosine[others].view(len(f), -1) / temperature, dim=-1)
-                         for cosine in (gram, f @ f.T))  # (B, B-1)
+        found, wanted = (F.log_softmax(cosine[others].view(len(f), -1) / temperature, dim=-1)
+                         for cosine in (found, wanted))  # (B, B-1)
         return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
-    if form == "distance":
-        difference = _distance(f @ f.T) - _distance(gram)  # (B, B)
-    else:
-        difference = (f @ f.T if form == "gram" else f @ t.T) - gram  # (B, B)
-    squares = difference.square()
+    if form == "distance":  # sqrt(2 - 2 cos), kept off 0, where the root has no slope
+        found, wanted = ((2 - 2 * cosine).clamp_min(1e-6).sqrt() for cosine in (found, wanted))
+    squares = (found - wanted).square()
     return (squares.sum() - squares.diagonal().sum()) / (len(f) * (len(f) - 1))
-
-
-def _distance(cosine: Tensor) -> Tensor:
-    """Euclidean distance of unit vectors, sqrt(2 - 2 cos); kept off 0, where the root has no slope."""
-    return (2 - 2 * cosine).clamp_min(1e-6).sqrt()
 
 
 def combined_losses(from_audio: Tensor, from_text: Tensor | None, target: Tensor,
                     config: BridgeConfig) -> dict[str, Tensor]:
     """L = L_cross + w L_self + lambda L_topo: loss, loss_cross, loss_self, loss_topology, () float each.
 
+    ``from_audio`` is f(x_a^k, k), ``from_text`` f(x_t^k', k') or None (left out), ``target`` x_t, all (B, D).
     L_topo is averaged over the predictions that are there [ours]. A part whose weight is 0 is left out, and reads 0.
-
-    Args:
-        from_audio: f(x_a^k, k), (B, D).
-        from_text: f(x_t^k', k'), (B, D), or None where the text rows are left out.
-        target: x_t, (B, D).
-        config: loss, self_weight, topology_weight and topology_form.
     """
     # DEVIATION(prediction-losses): only their names are known to us; L1, equal weights and the self term follow SEED.
-    zero = target.new_zeros(())
-    losses = {"loss_cross": prediction_loss(from_audio, target, config.loss), "loss_self": zero, "loss_topology": zero}
-    predictions = [from_audio]
-    if from_text is not None:
-        losses["loss_self"] = prediction_loss(from_text, target, config.loss)
-        predictions.append(from_text)
+    predictions = [from_audio] if from_text is None else [from_audio, from_text]
+    parts = [prediction_loss(prediction, target, config.loss) for prediction in predictions]
+    cross, self_, topology = parts[0], parts[1] if len(parts) > 1 else target.new_zeros(()), target.new_zeros(())
     if config.topology_weight:
         # DEVIATION(topology-weight): the paper's lambda is unknown to us; ours is chosen on val.
-        topology = [topology_loss(prediction, target, config.topology_form) for prediction in predictions]
-        losses["loss_topology"] = torch.stack(topology).mean()
-    total = losses["loss_cross"] + config.self_weight * losses["loss_self"]
-    return {"loss": total + config.topology_weight * losses["loss_topology"], **losses}
+        topology = torch.stack([topology_loss(each, target, config.topology_form) for each in predictions]).mean()
+    loss = cross + config.self_weight * self_ + config.topology_weight * topology
+    return {"loss": loss, "loss_cross": cross, "loss_self": self_, "loss_topology": topology}
 
 
 def bridge_losses(network: nn.Module, scheduler: DDIMScheduler, x_audio: Tensor, x_text: Tensor, config: BridgeConfig,

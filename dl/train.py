@@ -51,9 +51,7 @@ class PairSampler:
     """Draws clips uniformly, with replacement, and for each one of its captions at random.
 
     ``text_clip`` (m,) int64 holds the row of ``audio`` that each caption belongs to; audio has ``num_clips`` rows.
-
-    Raises:
-        ValueError: a row out of range, or a clip without a caption.
+    Raises ValueError for a row out of range, or a clip without a caption.
     """
 
     def __init__(self, text_clip: Tensor, num_clips: int) -> None:
@@ -98,18 +96,15 @@ def fit(
     """Train ``network`` in place with AdamW; at the end it holds the EMA weights and is in eval mode.
 
     One generator gives the batches, the noise, and a seed for the dropout of each step. A run resumed from
-    ``checkpoint_path`` therefore equals an undisturbed one bit for bit (same machine, same threads), and torch's
-    global generators are left as they were. A second call returns a finished fit at once.
+    ``checkpoint_path`` equals an undisturbed one bit for bit (same machine, same threads), torch's global generators
+    are left as they were, and a second call returns a finished fit at once.
 
     Args:
-        network: what is trained, from the weights it has.
         loss_fn: (network, generator) -> the losses of one batch, () float each; "loss" is minimised.
         config: learning_rate, weight_decay, lr_schedule, train_steps, grad_clip (0: off), ema_decay.
-        seed: of the generator.
         identity: what else decides the result (data, recipe), as parts of ``dl.store.key``.
         checkpoint_path: a safetensors file, written every ``checkpoint_every`` steps; None keeps nothing.
         validate: (network with the EMA weights) -> pair cosine on val, asked at each row of the history.
-        betas: of AdamW.
         callback: called as callback(steps done, losses of the step) after every step.
 
     Returns:
@@ -133,19 +128,25 @@ def fit(
     if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
         done, history, totals, since = state["step"], state["history"], state["totals"], state["since"]
-        _load(ema.network, tensors, "ema.")
+        ema.network.load_state_dict(_under(tensors, "ema."))
         if done < config.train_steps:
-            _load(network, tensors, "network.")
-            _load_optimizer(optimizer, tensors)
+            network.load_state_dict(_under(tensors, "network."))
+            moments = {i: _under(tensors, f"optimizer.{i}.") for i in range(len(shapes))}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
             generator.set_state(tensors["generator"])
 
     network.train()
     every = max(1, config.train_steps // HISTORY_ROWS)
-    bar = tqdm(total=config.train_steps, initial=done, disable=not progress, desc="training", unit="step")
-    with bar, seeded(seed, device):
-        while done < config.train_steps:
+    bar = tqdm(range(done, config.train_steps), desc="training", initial=done, total=config.train_steps,
+               disable=not progress)
+    with seeded(seed, device):
+        for step in bar:
             # 1. a seed for this step's dropout, then the losses of one batch
-            _reseed(int(torch.randint(2**31, (), generator=generator)), device)
+            dropout_seed = int(torch.randint(2**31, (), generator=generator))
+            torch.default_generator.manual_seed(dropout_seed)       # torch.manual_seed walks every backend
+            if device.type == "cuda":
+                torch.cuda.manual_seed(dropout_seed)
             step_losses = loss_fn(network, generator)
 
             # 2. one step of AdamW on the clipped gradient
@@ -154,13 +155,12 @@ def fit(
             if config.grad_clip:
                 nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, done)
+                group["lr"] = learning_rate(config, step)
             optimizer.step()
 
             # 3. the average of the weights
-            ema.update(network, done)
-            done += 1
-            bar.update()
+            ema.update(network, step)
+            done = step + 1
 
             # 4. what is written down
             values = {name: value.item() for name, value in step_losses.items()}
@@ -171,8 +171,8 @@ def fit(
             since += 1
             if done % every == 0 or done == config.train_steps:
                 means = {name: total / since for name, total in totals.items()}
-                cosine = validate(ema.network) if validate else math.nan
-                history.append({"step": done, **means, "val_pair_cosine": cosine})
+                means["val_pair_cosine"] = validate(ema.network) if validate else math.nan
+                history.append({"step": done, **means})
                 totals, since = {}, 0
             if checkpoint_path is not None and (done % checkpoint_every == 0 or done == config.train_steps):
                 tensors = {f"ema.{name}": value for name, value in ema.network.state_dict().items()}
@@ -191,27 +191,9 @@ def fit(
     return pd.DataFrame(history)
 
 
-def _reseed(seed: int, device: torch.device) -> None:
-    """Seed the global generators that dropout draws from; torch.manual_seed walks every backend."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-
-
-def _load(network: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
-    """Copy the tensors whose names start with ``prefix`` into the network."""
-    of_network = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    network.load_state_dict(of_network)
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Give AdamW back its moments and step counts."""
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            slots.setdefault(int(i), {})[key] = value.clone()
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with ``prefix``, copied, without it."""
+    return {name.removeprefix(prefix): value.clone() for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def train_bridge(
@@ -225,11 +207,9 @@ def train_bridge(
     ``train_bridge(config, text, audio[text_clip], torch.arange(len(text)), seed=0)``.
 
     Args:
-        config: network, schedule, losses and optimiser.
         audio: (n, D) float, one row a clip; its device is where the training runs.
         text: (m, D) float, one row a caption.
         text_clip: (m,) int64, the row of ``audio`` that a caption belongs to.
-        seed: of the initial weights and of the training.
         val: paired rows, (v, D) each, whose pair cosine goes into the history (EMA weights, config's k* and n, one
             fixed draw of noise). It does not change the fit; a fit that is read back keeps its first history.
         checkpoint_path, checkpoint_every, progress, callback: see ``fit``.
@@ -239,10 +219,6 @@ def train_bridge(
 
     Raises:
         ValueError: shapes that do not fit, NaN, a clip without a caption, an unknown choice in ``config``.
-
-    Example:
-        >>> config, pairs = BridgeConfig(train_steps=2), (torch.randn(8, 16), torch.randn(8, 16), torch.arange(8))
-        >>> bridge, history = train_bridge(config, *pairs, seed=0)
     """
     audio = unit_rows(audio, None, "audio")
     text = unit_rows(text, audio.shape[1], "text")
@@ -257,7 +233,6 @@ def train_bridge(
         clips, captions = sampler.draw(config.batch_size, generator)
         return bridge_losses(network, link.scheduler, x_audio[clips], x_text[captions], config, generator)
 
-    identity: dict[str, object] = {"system": "bridge", "data": content(audio, text, text_clip)}
     validate = None
     if val is not None:
         probe, val_text = copy.deepcopy(link), unit_rows(val[1], audio.shape[1], "val text")
@@ -267,8 +242,7 @@ def train_bridge(
             bridged_emb = probe(val[0], generator=torch.Generator().manual_seed(0))
             return float((bridged_emb * val_text).sum(-1).mean())
 
-    history = fit(
-        link.network, loss_fn, config, seed=seed, identity=identity, checkpoint_path=checkpoint_path,
-        checkpoint_every=checkpoint_every, validate=validate, progress=progress, callback=callback,
-    )
+    identity: dict[str, object] = {"system": "bridge", "data": content(audio, text, text_clip)}
+    history = fit(link.network, loss_fn, config, seed=seed, identity=identity, checkpoint_path=checkpoint_path,
+                  checkpoint_every=checkpoint_every, validate=validate, progress=progress, callback=callback)
     return link.eval(), history
