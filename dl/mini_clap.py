@@ -30,37 +30,28 @@ SAMPLING_RATE = 16_000                               # Hz [peer: YAMNet], as the
 WINDOW, HOP, N_FFT = 400, 160, 512                   # samples: 25 ms, 10 ms, and the transform's length
 N_MELS, LOWEST, HIGHEST = 64, 125.0, 7500.0          # bands, Hz, Hz
 LOG_OFFSET = 0.001
-GRID_S = 0.5                  # s; clips are padded with silence to the next multiple, so that a batch holds equal lengths
-STRIDES_WIDTHS = ((1, 64), (2, 128), (1, 128), (2, 256), (1, 256), (2, 512), (1, 512), (1, 512), (1, 512), (1, 512), (1, 512),
-                  (2, 1024), (1, 1024))              # of the thirteen separable convolutions [peer: MobileNet v1]
+GRID = 8_000                  # samples, 0.5 s: clips are padded with silence to a multiple, so that many are equally long
+STRIDES_WIDTHS = ((1, 64), (2, 128), (1, 128), (2, 256), (1, 256), (2, 512), *[(1, 512)] * 5, (2, 1024), (1, 1024))
+TRUNK_WIDTH = STRIDES_WIDTHS[-1][1]                  # of the thirteen separable convolutions [peer: MobileNet v1]
 
 
 class LogMel(nn.Module):
-    """Log-mel spectrogram log(M |STFT| + 0.001), magnitudes on 64 triangles between 125 and 7,500 Hz [peer: YAMNet]."""
+    """Log-mel spectrogram log(M |STFT| + 0.001), 64 triangles between 125 and 7,500 Hz [peer: YAMNet]."""
 
     def __init__(self) -> None:
+        from transformers.audio_utils import mel_filter_bank
+
         super().__init__()
-        self.register_buffer("mel", mel_triangles(), persistent=False)                     # (64, 257)
+        mel = mel_filter_bank(N_FFT // 2 + 1, N_MELS, LOWEST, HIGHEST, SAMPLING_RATE, mel_scale="kaldi",
+                              triangularize_in_mel_space=True)       # triangles of height 1 in 1127 ln(1 + f / 700)
+        self.register_buffer("mel", torch.from_numpy(mel).float(), persistent=False)       # (257, 64)
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """(B, samples) float32 at 16 kHz, any level -> (B, frames, 64); each clip is scaled to a peak of 1 first."""
         waveforms = waveforms / waveforms.abs().amax(1, keepdim=True).clamp_min(1e-8)      # (B, samples)
         magnitude = torch.fft.rfft(waveforms.unfold(1, WINDOW, HOP) * self.window, N_FFT).abs()   # (B, frames, 257)
-        return torch.log(magnitude @ self.mel.T + LOG_OFFSET)                              # (B, frames, 64)
-
-
-def mel_triangles() -> Tensor:
-    """(64, 257): triangles of height 1, equally spaced and linear in mel = 1127 ln(1 + f / 700), 0 at 0 Hz [peer: TensorFlow's, which YAMNet uses]."""
-    def to_mel(hertz):
-        return 1127 * np.log1p(hertz / 700)
-
-    bins = to_mel(np.linspace(0, SAMPLING_RATE / 2, N_FFT // 2 + 1))                       # (257,)
-    edges = np.linspace(to_mel(LOWEST), to_mel(HIGHEST), N_MELS + 2)[:, None]              # (66, 1)
-    low, middle, high = edges[:-2], edges[1:-1], edges[2:]
-    triangles = np.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clip(0)
-    triangles[:, 0] = 0
-    return torch.from_numpy(triangles).float()
+        return torch.log(magnitude @ self.mel + LOG_OFFSET)                              # (B, frames, 64)
 
 
 class SameConv2d(nn.Conv2d):
@@ -69,28 +60,25 @@ class SameConv2d(nn.Conv2d):
     def forward(self, image: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         if self.stride == (1, 1):
-            return F.conv2d(image, self.weight, self.bias, 1, 1, 1, self.groups)
-        sides = []
-        for size, stride in zip(reversed(image.shape[2:]), reversed(self.stride), strict=True):
-            total = max((-(-size // stride) - 1) * stride + 3 - size, 0)
-            sides += [total // 2, total - total // 2]
-        return F.conv2d(F.pad(image, sides), self.weight, self.bias, self.stride, 0, 1, self.groups)
+            return F.conv2d(image, self.weight, self.bias, padding=1, groups=self.groups)
+        height, width = image.shape[2:]
+        image = F.pad(image, (width % 2, 1, height % 2, 1))
+        return F.conv2d(image, self.weight, self.bias, self.stride, groups=self.groups)
 
 
 class AudioTrunk(nn.Module):
-    """A convolution and thirteen separable ones, then the mean over frequency: YAMNet up to its last pooling [peer: YAMNet].
+    """A convolution, thirteen separable ones, and the mean over frequency, as YAMNet has them [peer: YAMNet].
 
     YAMNet reads patches of 0.96 s; here the same weights run over the whole clip at once.
     """
-
-    width = 1024
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = [SameConv2d(1, 32, 3, 2, bias=False), nn.BatchNorm2d(32, 1e-4), nn.ReLU()]
         before = 32
         for stride, width in STRIDES_WIDTHS:
-            layers += [SameConv2d(before, before, 3, stride, groups=before, bias=False), nn.BatchNorm2d(before, 1e-4), nn.ReLU(),
+            layers += [SameConv2d(before, before, 3, stride, groups=before, bias=False),
+                       nn.BatchNorm2d(before, 1e-4), nn.ReLU(),
                        nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width, 1e-4), nn.ReLU()]
             before = width
         self.layers = nn.Sequential(*layers)
@@ -98,34 +86,30 @@ class AudioTrunk(nn.Module):
     def forward(self, log_mel: Tensor) -> Tensor:
         """(B, frames, 64) -> (B, ceil(frames / 32), 1024), one row for each 0.32 s."""
         image = log_mel.unsqueeze(1).contiguous(memory_format=torch.channels_last)         # (B, 1, frames, 64)
-        return self.layers(image).mean(3).transpose(1, 2)                                  # (B, ceil(frames / 32), 1024)
+        return self.layers(image).mean(3).transpose(1, 2)                                 # (B, frames / 32, 1024)
 
     def fold_batch_norms(self) -> None:
         """Put every batch norm into the convolution before it, for good: the same frames to rounding, sooner."""
-        layers: list[nn.Module] = []
-        for layer in self.layers.eval():
-            if isinstance(layer, nn.BatchNorm2d):
-                layers[-1] = fuse_conv_bn_eval(layers[-1], layer)
-            else:
-                layers.append(layer)
-        self.layers = nn.Sequential(*layers)
+        layers, folded = self.layers.eval(), []
+        for convolution, norm in zip(layers[0::3], layers[1::3], strict=True):
+            folded += [fuse_conv_bn_eval(convolution, norm), nn.ReLU()]
+        self.layers = nn.Sequential(*folded)
 
 
 class AudioHead(nn.Module):
-    """Pools the trunk's frames over the clip and over its thirds (what comes first matters to a caption), then maps to D.
+    """Pools the trunk's frames, then maps to D with two linear layers.
 
-    Two attention-weighted means and the maximum over the clip, and the maximum over each third, go through two linear layers.
+    Pooled are two attention-weighted means and the maximum over the clip, and the maximum over each third of it: what
+    comes first matters to a caption.
     """
-
-    parts = 3
 
     def __init__(self, embed_dim: int, width: int = 512, dropout: float = 0.1) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(AudioTrunk.width)
+        self.norm = nn.LayerNorm(TRUNK_WIDTH)
         self.dropout = nn.Dropout(dropout)
-        self.enter = nn.Linear(AudioTrunk.width, width)
+        self.enter = nn.Linear(TRUNK_WIDTH, width)
         self.score = nn.Linear(width, 2)
-        self.out = nn.Sequential(nn.Linear(width * (3 + self.parts), 512), nn.GELU(), nn.Dropout(dropout), nn.Linear(512, embed_dim))
+        self.out = nn.Sequential(nn.Linear(6 * width, 512), nn.GELU(), nn.Dropout(dropout), nn.Linear(512, embed_dim))
 
     def forward(self, frames: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, T, 1024) and, where clips are padded, their lengths (B,) int64 -> (B, D), not normalised."""
@@ -135,19 +119,19 @@ class AudioHead(nn.Module):
         outside = step >= lengths[:, None]                                                 # (B, T)
         steps = F.gelu(self.enter(self.dropout(self.norm(frames))))                        # (B, T, W)
         score = self.score(steps).masked_fill(outside[..., None], -torch.inf).softmax(1)   # (B, T, 2)
-        pooled = [torch.einsum("bts,btw->bsw", score, steps).flatten(1)]                   # (B, 2W)
+        means = torch.einsum("bts,btw->bsw", score, steps).flatten(1)                      # (B, 2W)
         thirds = []
-        for part in range(self.parts):
-            low = lengths * part // self.parts                                             # (B,)
-            high = torch.maximum(lengths * (part + 1) // self.parts, low + 1)
+        for part in range(3):
+            low = lengths * part // 3                                                      # (B,)
+            high = torch.maximum(lengths * (part + 1) // 3, low + 1)
             inside = (step >= low[:, None]) & (step < high[:, None])                       # (B, T)
-            thirds.append(steps.masked_fill(~inside[..., None], -torch.inf).max(1).values)   # (B, W)
-        pooled += [torch.stack(thirds).amax(0), *thirds]
-        return self.out(self.dropout(torch.cat(pooled, 1)))                                # (B, D)
+            thirds.append(steps.masked_fill(~inside[..., None], -torch.inf).amax(1))       # (B, W)
+        pooled = torch.cat([means, torch.stack(thirds).amax(0), *thirds], 1)               # (B, 6W)
+        return self.out(self.dropout(pooled))                                              # (B, D)
 
 
 class MiniClap(nn.Module, PyTorchModelHubMixin):
-    """Both towers. ``save_pretrained`` stores the trunk and the heads (float16 safetensors); MiniLM stays in its package."""
+    """Both towers. ``save_pretrained`` stores trunk and heads (float16 safetensors); MiniLM stays in its package."""
 
     def __init__(self, embed_dim: int = 256, text_width: int = 384, dropout: float = 0.1) -> None:
         super().__init__()
@@ -163,8 +147,7 @@ class MiniClap(nn.Module, PyTorchModelHubMixin):
         """(tokenizer, model) of all-MiniLM-L6-v2, loaded on first use from its package; not among our weights."""
         from transformers import AutoModel, AutoTokenizer
 
-        folder = str(minilm_folder())
-        return AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        return AutoTokenizer.from_pretrained(minilm_folder()), AutoModel.from_pretrained(minilm_folder()).eval()
 
     def frames(self, waveforms: Tensor) -> Tensor:
         """(B, samples) at 16 kHz -> the trunk's frames (B, T, 1024) float32, whatever the trunk computes in."""
@@ -190,40 +173,36 @@ class MiniClap(nn.Module, PyTorchModelHubMixin):
 
 
 class MiniClapBackend:
-    """The shipped mini-CLAP behind the backends' interface: batch norms folded, convolutions in bfloat16 where that is the faster format."""
+    """mini-CLAP behind the backends' interface: batch norms folded, convolutions in bfloat16 where that is faster."""
 
     sampling_rate = CLIP_RATE
 
     def __init__(self, model: MiniClap, weights_sha256: str, device: str, dtype: str = "auto") -> None:
-        self.model, self.weights_sha256, self.device, self.embed_dim = model.eval().to(device), weights_sha256, device, model.embed_dim
-        self.dtype = resolve_dtype(dtype)
-        self.concurrent = device == "cpu"
-        self.model.trunk.fold_batch_norms()
-        self.model.trunk.to(dtype=self.dtype, memory_format=torch.channels_last)
+        self.model, self.embed_dim, self.device = model.eval().to(device), model.embed_dim, device
+        self.weights_sha256, self.dtype, self.concurrent = weights_sha256, resolve_dtype(dtype), device == "cpu"
+        model.trunk.fold_batch_norms()
+        model.trunk.to(dtype=self.dtype, memory_format=torch.channels_last)
 
     @classmethod
     def from_pretrained(cls, folder: Path, device: str) -> MiniClapBackend:
-        """Open the folder of a trained mini-CLAP.
-
-        Raises:
-            FileNotFoundError: the weights are missing.
-            ValueError: they are damaged.
-        """
+        """Open a trained mini-CLAP; FileNotFoundError: its weights are missing, ValueError: they are damaged."""
         weights = folder / "model.safetensors"
         if not weights.is_file():
-            raise FileNotFoundError(f"{weights} is missing: it ships with the repository; restore it with git, or train it: ./run_all.sh --only A2")
+            raise FileNotFoundError(f"{weights} is missing: it ships with the repository; restore it with git, "
+                                    "or train it: ./run_all.sh --only A2")
         try:
             model = MiniClap.from_pretrained(folder)
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{weights} is damaged ({' '.join(str(error).split())[:80]}): git checkout -- data/mini") from None
+            reason = " ".join(str(error).split())[:80]
+            raise ValueError(f"{weights} is damaged ({reason}): git checkout -- data/mini") from None
         return cls(model, hashlib.sha256(weights.read_bytes()).hexdigest(), device)
 
     @torch.inference_mode()
     def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
-        """Clips of one length (after padding to half seconds) go through together, so a batch never changes a row's padding."""
+        """Clips of one length, after padding to half seconds, go through together: the batch changes no row's padding."""
         prepared = [prepare(waveform, self.sampling_rate) for waveform in waveforms]
         rows = torch.empty(len(prepared), self.embed_dim)
-        for length in sorted({len(waveform) for waveform in prepared}):
+        for length in {len(waveform) for waveform in prepared}:
             places = [place for place, waveform in enumerate(prepared) if len(waveform) == length]
             batch = torch.from_numpy(np.stack([prepared[place] for place in places])).to(self.device)
             rows[places] = self.model.embed_audio(batch).float().cpu()
@@ -247,17 +226,14 @@ def minilm_folder() -> Path:
 def prepare(waveform: np.ndarray, sampling_rate: int) -> np.ndarray:
     """Resample (samples,) to 16 kHz and pad with silence to the next multiple of 0.5 s."""
     waveform = soxr.resample(waveform, sampling_rate, SAMPLING_RATE)
-    step = round(GRID_S * SAMPLING_RATE)
-    return np.pad(waveform, (0, -len(waveform) % step)).astype(np.float32)
+    return np.pad(waveform, (0, -len(waveform) % GRID)).astype(np.float32)
 
 
 def info_nce(audio_emb: Tensor, text_emb: Tensor, log_temperature: Tensor) -> Tensor:
     """Symmetric cross-entropy over the batch's cosine matrix divided by the temperature [peer: CLIP].
 
-    L = (CE(exp(l) A T^t, i) + CE(exp(l) T A^t, i)) / 2, l = log(1 / temperature), at most log 100.
-
-    Args:
-        audio_emb, text_emb: (B, D) unit norm; row i of both is one clip.
+    L = (CE(exp(l) A T^t, i) + CE(exp(l) T A^t, i)) / 2, l = log(1 / temperature), at most log 100; ``audio_emb`` and
+    ``text_emb`` are (B, D), unit norm, row i of both is one clip.
     """
     logits = log_temperature.clamp(max=np.log(100)).exp() * audio_emb @ text_emb.T         # (B, B)
     target = torch.arange(len(logits), device=logits.device)
