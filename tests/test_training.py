@@ -7,30 +7,19 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dl import store as checkpoint
 from dl.bridge import TOPOLOGY_FORMS, bridge_losses, combined_losses, prediction_loss, topology_loss
-from dl.config import BridgeConfig
+from dl.config import REPO, BridgeConfig
 from dl.scheduler import DDIMScheduler
 from dl.train import EMA, PairSampler, fit, learning_rate, train_bridge
 
-REPO = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = BridgeConfig(train_steps=30, batch_size=8)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Networks this small are slower on two threads, and much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def toy_pairs(dim: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,13 +37,11 @@ def equal_weights(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------------- losses
+# -------------------------------------------------------------------------------------------------------------- losses
 def test_prediction_loss_worked_example():
     prediction, target = torch.tensor([[1.0, 2.0], [0.0, -4.0]]), torch.tensor([[0.0, 2.0], [3.0, 0.0]])
     assert float(prediction_loss(prediction, target, "l1")) == pytest.approx((1 + 0 + 3 + 4) / 4)
     assert float(prediction_loss(prediction, target, "l2")) == pytest.approx((1 + 0 + 9 + 16) / 4)
-    with pytest.raises(ValueError, match="choose l1 or l2"):
-        prediction_loss(prediction, target, "huber")
 
 
 def test_topology_losses_worked_example():
@@ -97,13 +84,8 @@ def test_topology_has_a_finite_slope_at_the_networks_zero_start(form):
     loss = topology_loss(prediction, torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), form)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(prediction.grad).all()
-
-
-def test_topology_errors():
-    with pytest.raises(ValueError, match="choose one of gram"):
-        topology_loss(torch.ones(2, 2), torch.ones(2, 2), "cka")
     with pytest.raises(ValueError, match="at least 2"):
-        topology_loss(torch.ones(1, 2), torch.ones(1, 2))
+        topology_loss(prediction[:1], prediction[:1], form)
 
 
 def test_combined_losses_weigh_the_parts():
@@ -130,6 +112,9 @@ class Recorder(nn.Module):
 
 def test_audio_and_text_rows_get_their_own_noise_and_level():
     recorder, zeros = Recorder(), torch.zeros(500, 4)
+    config = BridgeConfig(self_weight=0.0)
+    bridge_losses(recorder, DDIMScheduler(), zeros, zeros, config, torch.Generator().manual_seed(0))
+    assert len(recorder.sample) == 500, "text rows are left out where they have no weight"
     bridge_losses(recorder, DDIMScheduler(), zeros, zeros, BridgeConfig(), torch.Generator().manual_seed(0))
     audio_level, text_level = recorder.timestep.split(500)
     assert abs(float(torch.corrcoef(torch.stack([audio_level, text_level]).float())[0, 1])) < 0.15
@@ -139,13 +124,7 @@ def test_audio_and_text_rows_get_their_own_noise_and_level():
     assert abs(float((audio_noise * text_noise).mean())) < 0.1 and float(noise.std()) == pytest.approx(1, abs=0.05)
 
 
-def test_text_rows_are_left_out_where_they_have_no_weight():
-    recorder, rows = Recorder(), torch.randn(10, 4)
-    bridge_losses(recorder, DDIMScheduler(), rows, rows, BridgeConfig(self_weight=0.0), torch.Generator().manual_seed(0))
-    assert len(recorder.sample) == 10
-
-
-# ---------------------------------------------------------------------------------------------------------------- parts
+# --------------------------------------------------------------------------------------------------------------- parts
 def test_ema_worked_example():
     network = nn.Linear(1, 1, bias=False)
     network.weight.data.fill_(0.0)
@@ -167,9 +146,9 @@ def test_pair_sampler_draws_clips_uniformly_and_one_of_their_captions():
     assert (of_clip_2 / of_clip_2.sum() - 0.25).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(
-    ("text_clip", "message"), [([0, 2], "clip 1 has no caption"), ([0, 1, 3], "rows of audio"), ([-1, 0], "rows of audio"), ([], "rows")]
-)
+@pytest.mark.parametrize(("text_clip", "message"), [
+    ([0, 2], "clip 1 has no caption"), ([0, 1, 3], "rows of audio"), ([-1, 0], "rows of audio"), ([], "rows"),
+])
 def test_pair_sampler_errors(text_clip, message):
     with pytest.raises(ValueError, match=message):
         PairSampler(torch.tensor(text_clip, dtype=torch.int64), 3)
@@ -179,11 +158,9 @@ def test_learning_rates():
     config = BridgeConfig(learning_rate=0.1, train_steps=100)
     assert learning_rate(replace(config, lr_schedule="constant"), 99) == 0.1
     assert [learning_rate(config, step) for step in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0.0])
-    with pytest.raises(ValueError, match="constant or cosine"):
-        learning_rate(replace(config, lr_schedule="linear"), 0)
 
 
-# ----------------------------------------------------------------------------------------------------------------- loop
+# ---------------------------------------------------------------------------------------------------------------- loop
 def test_history_is_the_mean_over_the_steps_since_the_row_before():
     seen = []
     config = replace(CONFIG, train_steps=120)  # a row every 2 steps
@@ -201,7 +178,8 @@ def test_validation_uses_the_average_weights():
     val = (audio, text[[int((text_clip == i).nonzero()[0]) for i in range(20)]])
     link, history = train(val=val)
     bridged_emb = link(audio, generator=torch.Generator().manual_seed(0))
-    assert history.val_pair_cosine.iloc[-1] == pytest.approx(float((bridged_emb * F.normalize(val[1], dim=-1)).sum(1).mean()), abs=1e-5)
+    expected = float((bridged_emb * F.normalize(val[1], dim=-1)).sum(1).mean())
+    assert history.val_pair_cosine.iloc[-1] == pytest.approx(expected, abs=1e-5)
 
 
 def test_seed_decides_everything_and_the_global_generator_is_untouched():
@@ -217,17 +195,15 @@ def test_seed_decides_everything_and_the_global_generator_is_untouched():
     assert not equal_weights(one, train(seed=1)[0])
 
 
-def test_dropout_is_on_in_training():
-    assert not equal_weights(train()[0].network, train(replace(CONFIG, dropout=0.0))[0].network)
-
-
 class Interrupted(Exception):
     pass
 
 
-def interrupt_at(step: int):
+def steps_of(seen: list[int], stop: int | None = None):
+    """A callback that notes the steps, and ends the run at ``stop``."""
     def callback(done: int, losses: dict[str, float]) -> None:
-        if done == step:
+        seen.append(done)
+        if done == stop:
             raise Interrupted
 
     return callback
@@ -236,127 +212,114 @@ def interrupt_at(step: int):
 @pytest.mark.parametrize("stop", [4, 17, 29])
 def test_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path, stop):
     audio, text, _ = toy_pairs()
-    val = (audio, text[:20])
+    val, path, seen = (audio, text[:20]), tmp_path / "bridge.safetensors", []
     whole, whole_history = train(val=val)
-    path = tmp_path / "bridge.safetensors"
     with pytest.raises(Interrupted):
-        train(val=val, checkpoint_path=path, checkpoint_every=4, callback=interrupt_at(stop))
+        train(val=val, checkpoint_path=path, checkpoint_every=4, callback=steps_of([], stop))
     torch.randn(3)
-    steps = []
-    resumed, history = train(val=val, checkpoint_path=path, checkpoint_every=4, callback=lambda step, losses: steps.append(step))
-    assert steps[0] == stop // 4 * 4 + 1 and steps[-1] == 30, "it goes on after its last checkpoint"
+    resumed, history = train(val=val, checkpoint_path=path, checkpoint_every=4, callback=steps_of(seen))
+    assert seen == list(range(stop // 4 * 4 + 1, 31)), "it goes on after its last checkpoint"
     assert equal_weights(whole, resumed) and history.equals(whole_history)
 
 
 def test_killed_process_leaves_a_checkpoint_that_resumes(tmp_path):
-    path = tmp_path / "bridge.safetensors"
+    path, seen = tmp_path / "bridge.safetensors", []
     script = (
         "import os, signal; from test_training import train\n"
-        f"train(checkpoint_path={str(path)!r}, checkpoint_every=5, callback=lambda step, losses: step == 13 and os.kill(os.getpid(), signal.SIGKILL))"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests")]), "OMP_NUM_THREADS": "1"}
+        f"train(checkpoint_path={str(path)!r}, checkpoint_every=5,"
+        " callback=lambda step, losses: step == 13 and os.kill(os.getpid(), signal.SIGKILL))")
+    folders = os.pathsep.join([str(REPO), str(REPO / "tests")])
+    environment = {**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL and [file.name for file in tmp_path.iterdir()] == ["bridge.safetensors"]
-    steps = []
-    resumed, history = train(checkpoint_path=path, callback=lambda step, losses: steps.append(step))
+    assert killed.returncode == -signal.SIGKILL
+    assert [file.name for file in tmp_path.iterdir()] == ["bridge.safetensors"]
+    resumed, history = train(checkpoint_path=path, callback=steps_of(seen))
     whole, whole_history = train()
-    assert steps[0] == 11 and equal_weights(whole, resumed) and history.equals(whole_history)
+    assert seen[0] == 11 and equal_weights(whole, resumed) and history.equals(whole_history)
 
 
-def test_finished_fit_returns_at_once(tmp_path):
-    path, steps = tmp_path / "bridge.safetensors", []
+def test_finished_fit_returns_at_once_whatever_its_start_step(tmp_path):
+    path, seen = tmp_path / "bridge.safetensors", []
     first, history = train(checkpoint_path=path)
-    second, again = train(checkpoint_path=path, callback=lambda step, losses: steps.append(step))
-    assert steps == [] and equal_weights(first, second) and again.equals(history) and not second.training
-
-
-def test_start_step_alone_needs_no_new_training(tmp_path):
-    path, steps = tmp_path / "bridge.safetensors", []
-    train(checkpoint_path=path)
-    link, _ = train(replace(CONFIG, start_timestep=300), checkpoint_path=path, callback=lambda step, losses: steps.append(step))
-    assert steps == [] and link.start_timestep == 300
+    config = replace(CONFIG, start_timestep=300)
+    second, again = train(config, checkpoint_path=path, callback=steps_of(seen))
+    assert seen == [] and equal_weights(first, second) and again.equals(history)
+    assert not second.training and second.start_timestep == 300
 
 
 @pytest.mark.parametrize("change", ["settings", "seed", "data"])
 def test_checkpoint_of_another_run_is_ignored_with_the_reason(tmp_path, capsys, change):
-    path, steps = tmp_path / "bridge.safetensors", []
+    path, seen = tmp_path / "bridge.safetensors", []
     train(checkpoint_path=path)
     config = replace(CONFIG, learning_rate=1e-3) if change == "settings" else CONFIG
     audio, text, text_clip = toy_pairs()
-    if change == "data":
-        text = text.clone()
-        text[3, 2] += 1e-3
+    text[3, 2] += 1e-3 if change == "data" else 0
+    run = {"seed": int(change == "seed"), "progress": False}
     capsys.readouterr()
-    link, _ = train_bridge(config, audio, text, text_clip, seed=int(change == "seed"), checkpoint_path=path, progress=False,
-                           callback=lambda step, losses: steps.append(step))
+    link, _ = train_bridge(config, audio, text, text_clip, checkpoint_path=path, callback=steps_of(seen), **run)
     printed = capsys.readouterr().err
-    assert steps[0] == 1 and len(steps) == 30
+    assert seen == list(range(1, 31))
     assert f"from another run (its {change} differ)" in printed and printed.count("\n") == 1
-    fresh, _ = train_bridge(config, audio, text, text_clip, seed=int(change == "seed"), progress=False)
-    assert equal_weights(link, fresh)
+    assert equal_weights(link, train_bridge(config, audio, text, text_clip, **run)[0])
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "text"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut", "an altered state"])
 def test_damaged_checkpoint_is_refused_and_training_starts_over(tmp_path, capsys, damage):
-    path, steps = tmp_path / "bridge.safetensors", []
+    """Other damage to such a file: tests/reliability."""
+    path, seen = tmp_path / "bridge.safetensors", []
     whole, _ = train(checkpoint_path=path)
     content = path.read_bytes()
-    middle = len(content) - 100
     path.write_bytes({
-        "flipped": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-        "cut": content[:middle], "empty": b"", "text": b"not a checkpoint at all",
+        "a flipped bit": content[:-100] + bytes([content[-100] ^ 1]) + content[-99:], "cut": content[:-100],
+        "an altered state": content.replace(rb"\"step\": 30", rb"\"step\": 20"),
     }[damage])
-    link, _ = train(checkpoint_path=path, callback=lambda step, losses: steps.append(step))
+    assert path.read_bytes() != content
+    link, _ = train(checkpoint_path=path, callback=steps_of(seen))
     printed = capsys.readouterr().err
-    assert steps[0] == 1 and "damaged" in printed and "made anew" in printed and printed.count("\n") == 1
+    assert seen[0] == 1 and "damaged" in printed and "made anew" in printed and printed.count("\n") == 1
     assert equal_weights(link, whole)
 
 
-def test_altered_state_is_noticed_too(tmp_path, capsys):
-    path, run = tmp_path / "state.safetensors", checkpoint.key("fit", 1, seed=0)
-    checkpoint.save_checkpoint(path, {"a": torch.arange(3)}, {"step": 41}, run)
-    tensors, state = checkpoint.load_checkpoint(path, run)
-    assert torch.equal(tensors["a"], torch.arange(3)) and state == {"step": 41}
-    path.write_bytes(path.read_bytes().replace(rb"\"step\": 41", rb"\"step\": 14"))
-    assert checkpoint.load_checkpoint(path, run) is None and "checksum" in capsys.readouterr().err
-    assert checkpoint.load_checkpoint(tmp_path / "none", run) is None and capsys.readouterr().err == ""
-
-
-def test_every_training_field_of_the_config_is_used(tmp_path):
+def test_every_training_field_of_the_config_is_used():
     """A field that training ignored would be a flag that sets nothing: each change must change the weights."""
-    base, _ = train(BridgeConfig(train_steps=4, batch_size=8))
+    short = BridgeConfig(train_steps=4, batch_size=8)
+    base, _ = train(short)
     changed = {
-        "num_blocks": 2, "width_factor": 3, "dropout": 0.3, "num_train_timesteps": 900, "beta_start": 1e-3, "beta_end": 0.03,
-        "beta_schedule": "linear", "loss": "l2", "self_weight": 0.5, "topology_weight": 5.0, "topology_form": "distance",
-        "learning_rate": 1e-3, "weight_decay": 0.5, "lr_schedule": "constant", "batch_size": 7, "train_steps": 5, "grad_clip": 0.01,
-        "ema_decay": 0.0,
+        "num_blocks": 2, "width_factor": 3, "dropout": 0.3, "num_train_timesteps": 900, "beta_start": 1e-3,
+        "beta_end": 0.03, "beta_schedule": "linear", "loss": "l2", "self_weight": 0.5, "topology_weight": 5.0,
+        "topology_form": "distance", "learning_rate": 1e-3, "weight_decay": 0.5, "lr_schedule": "constant",
+        "batch_size": 7, "train_steps": 5, "grad_clip": 0.01, "ema_decay": 0.0,
     }
     inference = {"start_timestep": 3, "num_inference_steps": 2, "add_noise": False}
     assert changed.keys() | inference.keys() == {field.name for field in fields(BridgeConfig)}
+    shapes = [parameter.shape for parameter in base.parameters()]
     for name, value in changed.items():
-        other, _ = train(replace(BridgeConfig(train_steps=4, batch_size=8), **{name: value}))
-        same = len(list(base.parameters())) == len(list(other.parameters())) and base.network.input.weight.shape == other.network.input.weight.shape
+        other, _ = train(replace(short, **{name: value}))
+        same = [parameter.shape for parameter in other.parameters()] == shapes
         assert not (same and equal_weights(base.network, other.network)), name
-    other, _ = train(replace(BridgeConfig(train_steps=4, batch_size=8), **inference))
-    assert equal_weights(base, other) and (other.start_timestep, other.num_inference_steps, other.add_noise) == (3, 2, False)
+    other, _ = train(replace(short, **inference))
+    assert equal_weights(base, other)
 
 
 def test_divergence_and_bad_data_raise_one_line():
     config = replace(CONFIG, train_steps=2)
+
+    def infinite(network, generator):
+        return {"loss": network.weight.sum() * math.nan}
+
     with pytest.raises(FloatingPointError, match="lower learning_rate"):
-        fit(nn.Linear(1, 1), lambda network, generator: {"loss": network.weight.sum() * math.nan}, config, seed=0, progress=False)
+        fit(nn.Linear(1, 1), infinite, config, seed=0, progress=False)
     audio, text, text_clip = toy_pairs()
-    for arguments, message in [
-        ((audio, text[:, :5], text_clip), "5 wide"), ((audio, text, text_clip[:-1]), "one for each"),
-        ((audio / 0, text, text_clip), "NaN"), ((audio, text, text_clip.clamp_max(18)), "clip 19 has no caption"),
-    ]:
+    for arguments, message in [((audio, text[:, :5], text_clip), "5 wide"),
+                               ((audio, text, text_clip[:-1]), "one for each"),
+                               ((audio, text, text_clip.clamp_max(18)), "clip 19 has no caption")]:
         with pytest.raises(ValueError, match=message):
             train_bridge(config, *arguments, seed=0, progress=False)
 
 
-# ------------------------------------------------------------------------------------------------------------- learning
+# ------------------------------------------------------------------------------------------------------------ learning
 def shifted_gaussians(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs in the plane: audio about (2, 0), text the same points carried over to (0, 2) with a little noise; unit norm."""
+    """Pairs in the plane: audio about (2, 0), text the same points about (0, 2) with a little noise; unit norm."""
     generator = torch.Generator().manual_seed(seed)
     points = 0.5 * torch.randn(400, 2, generator=generator)
     audio = points + torch.tensor([2.0, 0.0])
@@ -364,22 +327,15 @@ def shifted_gaussians(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return F.normalize(audio, dim=-1), F.normalize(text, dim=-1)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_bridge_closes_the_gap_of_a_shifted_gaussian(seed):
-    audio, text = shifted_gaussians(seed)
+@pytest.mark.parametrize(("seed", "direction"), [(0, "audio to text"), (1, "audio to text"), (0, "text to audio")])
+def test_bridge_closes_the_gap_of_a_shifted_gaussian(seed, direction):
+    """The opposite direction is the same call with the roles swapped."""
+    given, wanted = shifted_gaussians(seed)
+    if direction == "text to audio":
+        given, wanted = wanted, given
     config = BridgeConfig(width_factor=32, train_steps=400, batch_size=128, learning_rate=2e-3)
-    link, history = train_bridge(config, audio[:300], text[:300], torch.arange(300), seed=seed, progress=False)
-    bridged_emb = link(audio[300:], generator=torch.Generator().manual_seed(seed))
-    before = float((audio[300:].mean(0) - text[300:].mean(0)).norm())
-    after = float((bridged_emb.mean(0) - text[300:].mean(0)).norm())
+    link, history = train_bridge(config, given[:300], wanted[:300], torch.arange(300), seed=seed, progress=False)
+    mapped = link(given[300:], generator=torch.Generator().manual_seed(seed))
+    before, after = (float((x.mean(0) - wanted[300:].mean(0)).norm()) for x in (given[300:], mapped))
     assert before > 1.0 and after < 0.2 * before, f"centroid gap {before:.3f} -> {after:.3f}"
     assert history.loss_cross.iloc[-1] < 0.7 * history.loss_cross.iloc[0]
-
-
-def test_the_opposite_direction_is_the_same_recipe_with_the_roles_swapped():
-    audio, text = shifted_gaussians(0)
-    clip = torch.arange(400)
-    config = BridgeConfig(width_factor=32, train_steps=300, batch_size=128, learning_rate=2e-3)
-    link, _ = train_bridge(config, text, audio[clip], torch.arange(400), seed=0, progress=False)
-    mapped = link(text, generator=torch.Generator().manual_seed(0))
-    assert (mapped.mean(0) - audio.mean(0)).norm() < 0.2 * (text.mean(0) - audio.mean(0)).norm()
