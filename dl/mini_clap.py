@@ -30,7 +30,7 @@ SAMPLING_RATE = 16_000                               # Hz [peer: YAMNet], as the
 WINDOW, HOP, N_FFT = 400, 160, 512                   # samples: 25 ms, 10 ms, and the transform's length
 N_MELS, LOWEST, HIGHEST = 64, 125.0, 7500.0          # bands, Hz, Hz
 LOG_OFFSET = 0.001
-GRID = 8_000                  # samples, 0.5 s: clips are padded with silence to a multiple, so that many are equally long
+GRID = 8_000                  # samples, 0.5 s: clips are padded with silence to a multiple; many are equally long
 STRIDES_WIDTHS = ((1, 64), (2, 128), (1, 128), (2, 256), (1, 256), (2, 512), *[(1, 512)] * 5, (2, 1024), (1, 1024))
 TRUNK_WIDTH = STRIDES_WIDTHS[-1][1]                  # of the thirteen separable convolutions [peer: MobileNet v1]
 
@@ -199,7 +199,7 @@ class MiniClapBackend:
 
     @torch.inference_mode()
     def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
-        """Clips of one length, after padding to half seconds, go through together: the batch changes no row's padding."""
+        """Clips of one length, after padding to half seconds, go through together: a batch changes no row."""
         prepared = [prepare(waveform, self.sampling_rate) for waveform in waveforms]
         rows = torch.empty(len(prepared), self.embed_dim)
         for length in {len(waveform) for waveform in prepared}:
