@@ -18,12 +18,13 @@ from ledger import COLUMNS, LEDGER
 from dl.config import REPO
 from dl.store import atomic_write, csv_text
 
-LONGEST = ("test_notebooks.py", "test_paper_profile.py")      # begun first, so that no process waits for them at the end
+LONGEST = ("test_notebooks.py", "test_notebooks_apart.py", "test_paper_profile.py")      # begun first
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-    parser.addoption("--write-reliability", action="store_true", help="write what tests/reliability counted to results/reliability.csv")
+    parser.addoption("--write-reliability", action="store_true",
+                     help="write what tests/reliability counted to results/reliability.csv")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,7 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """One of several test processes hands its part of the ledger to the first."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["ledger"] = [[[*key, *counts] for key, counts in LEDGER.counts.items()], LEDGER.measures]
+        counts = [[*key, *counts] for key, counts in LEDGER.counts.items()]
+        session.config.workeroutput["ledger"] = [counts, LEDGER.measures]
 
 
 @pytest.hookimpl(optionalhook=True)
