@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 
 from dl.bridge import DiffusionLink
 from dl.captioner import LLMCaptioner
-from dl.clap import ClapEncoder, Embeddings, load_embeddings
+from dl.clap import ClapEncoder, load_embeddings
 from dl.config import Profile
 from dl.data import (
     SAMPLING_RATE,
@@ -48,7 +48,8 @@ TAIL_S = 1.0                  # s, a shorter rest after a full window has no cap
 BATCH = 32                    # windows that go through encoder, bridge and captioner at once
 
 Window = tuple[float, float, np.ndarray | None]
-Captions = Callable[[list[np.ndarray]], list[str]]
+Captions = Callable[[list[np.ndarray]], list[str]]            # waveforms (n,) float32 at 48 kHz -> a text each
+Page = Callable[[np.ndarray, str, str], str]                  # the same, a title and a note -> HTML
 
 
 class MissingWeights(FileNotFoundError):
@@ -56,15 +57,12 @@ class MissingWeights(FileNotFoundError):
 
 
 def read_windows(path: str | Path) -> Iterator[Window]:
-    """Read a file in windows of 10 s: mono (channels averaged), float32, 48 kHz.
+    """Windows of 10 s of a file, mono (channels averaged), float32, 48 kHz: (start in s, end in s, samples (n,)).
 
-    A rest shorter than 1 s after a full window is left out; a file shorter than 1 s is one window.
+    The samples of a silent window (peak below -100 dBFS) are None. A rest shorter than 1 s after a full window is left
+    out; a file shorter than 1 s is one window.
 
-    Yields:
-        (start in s, end in s, samples (n,)), None for the samples of a silent window (peak below -100 dBFS).
-
-    Raises:
-        AudioError: it cannot be used, or, after some windows, its end is damaged; the message says what to do.
+    Raises AudioError, which says what to do: it cannot be used, or, after some windows, its end is damaged.
     """
     path, heard, place, count = Path(path), False, 0, 0
     with open_audio(path) as file:
@@ -89,28 +87,24 @@ def read_windows(path: str | Path) -> Iterator[Window]:
 def load_models(profile: Profile, bridge: bool = True) -> tuple[ClapEncoder, DiffusionLink | None, LLMCaptioner]:
     """The profile's encoder, bridge (None where it is not wanted) and captioner, from ``results_dir/checkpoints``.
 
-    Raises:
-        MissingWeights: a checkpoint is absent, holds NaN, or was made for another encoder.
-        ValueError, OSError, ModuleNotFoundError: what a model itself says in one line.
+    Raises MissingWeights (a checkpoint is absent, holds NaN, or was made for another encoder) and what a model itself
+    says in one line: ValueError, OSError, ModuleNotFoundError.
     """
-    folder, command = profile.results_dir / "checkpoints", f"./run_all.sh --profile {profile.name} --only"
+    checkpoints, make = profile.results_dir / "checkpoints", f"./run_all.sh --profile {profile.name} --only"
     kinds = {"captioner": (LLMCaptioner, "07")} | ({"bridge": (DiffusionLink, "05")} if bridge else {})
-    models: dict[str, Any] = {}
     for name, (_, stage) in kinds.items():
-        if not (folder / name / "config.json").is_file():
-            raise MissingWeights(f"the {name} of profile {profile.name} is missing ({folder / name}): "
-                                 f"make it with {command} {stage}")
-    for name, (kind, stage) in kinds.items():
-        models[name] = kind.from_pretrained(folder / name)
-        if not all(torch.isfinite(value).all() for value in models[name].parameters()):
-            raise MissingWeights(f"the {name} in {folder / name} has weights that are NaN or infinite: "
-                                 f"make it anew with {command} {stage} --force")
+        if not (checkpoints / name / "config.json").is_file():
+            raise MissingWeights(f"the {name} of profile {profile.name} is missing ({checkpoints / name}): "
+                                 f"make it with {make} {stage}")
+    models: dict[str, Any] = {name: kind.from_pretrained(checkpoints / name) for name, (kind, _) in kinds.items()}
     encoder = ClapEncoder.from_pretrained(profile.encoder)
     for name, model in models.items():
+        anew = f"make it anew with {make} {kinds[name][1]} --force"
+        if not all(torch.isfinite(value).all() for value in model.parameters()):
+            raise MissingWeights(f"the {name} in {checkpoints / name} has weights that are NaN or infinite: {anew}")
         if model.embed_dim != encoder.embed_dim:
             raise MissingWeights(f"the {name} of profile {profile.name} takes vectors of {model.embed_dim} numbers, "
-                                 f"the encoder {profile.encoder} gives {encoder.embed_dim}: make it anew with "
-                                 f"{command} {kinds[name][1]} --force")
+                                 f"the encoder {profile.encoder} gives {encoder.embed_dim}: {anew}")
     captioner = models["captioner"].to("cuda" if torch.cuda.is_available() else "cpu")
     return encoder, models.get("bridge"), captioner
 
@@ -118,6 +112,14 @@ def load_models(profile: Profile, bridge: bool = True) -> tuple[ClapEncoder, Dif
 def bridged(link: DiffusionLink, audio_emb: torch.Tensor) -> torch.Tensor:
     """(B, D) -> (B, D); noise from seed 0 at every call: a file has the same captions whatever stands beside it."""
     return link(audio_emb, generator=torch.Generator().manual_seed(0))
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Inside, nothing reaches stdout, which is for captions, and no warning is shown."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def load_captions(profile: Profile, bridge: bool = True) -> Captions:
@@ -162,16 +164,12 @@ def caption_files(paths: Iterable[str | Path], profile: Profile, bridge: bool = 
     """What ``python -m dl caption`` does: a line a window on stdout, a line a failed file on stderr.
 
     With ``as_json`` one whole JSON list on stdout, however it ends: an entry a window, and ``{"file", "error"}`` for a
-    file that failed.
-
-    Returns:
-        Exit code: 0, or 1 if a file failed or the weights are missing.
+    file that failed. Returns the exit code: 0, or 1 if a file failed or the weights are missing.
     """
     entries: list[dict] = []
     try:
         try:
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():      # stdout is for captions
-                warnings.simplefilter("ignore")
+            with silence():
                 captions = load_captions(profile, bridge)
         except Exception as error:  # noqa: BLE001 - absent, damaged, no memory, no disk: each says what to do
             entries += [{"file": str(path), "error": str(error)} for path in paths]
@@ -239,12 +237,6 @@ footer {{ display: none !important }} .gradio-container {{ max-width: 62rem !imp
 """
 
 
-class Page(Protocol):
-    """Samples (n,) float32 at 48 kHz, a title, a note -> what the page shows, as HTML."""
-
-    def __call__(self, waveform: np.ndarray, title: str, note: str = "") -> str: ...
-
-
 def text(words: str) -> str:
     """Words as HTML that stays words: escaped for HTML, for Gradio's templates (``${}``, ``{{}}``), for terminals."""
     return html.escape(printable(words)).translate({ord(c): f"&#{ord(c)};" for c in "${}`"})
@@ -264,10 +256,9 @@ def image(figure: Figure, alt: str) -> str:
 
 
 def load_page(profile: Profile) -> Page:
-    """The page's function, with the profile's models and the cached vectors of train where there are some.
+    """The page's function, with the profile's models and, where there are some, the cached vectors of train.
 
-    Raises:
-        MissingWeights: see :func:`load_models`.
+    Raises what :func:`load_models` raises.
     """
     encoder, link, captioner = load_models(profile)
     assert link is not None                                                          # it was asked for
@@ -276,7 +267,9 @@ def load_page(profile: Profile) -> Page:
     except FileNotFoundError as error:
         train, absent = None, f"Nearest captions and the map are left out: {error}"
 
-    def nearest(train: Embeddings, raw: torch.Tensor, across: torch.Tensor) -> str:
+    def nearest(raw: torch.Tensor, across: torch.Tensor) -> str:
+        if train is None:
+            return f'<p class="dl-note">{text(absent)}</p>'
         found = nearest_captions(np.concatenate([raw, across]), train.text, train.captions, NEAREST)
         cells = [(text(a), f"{x:.2f}", text(b), f"{y:.2f}") for (a, x), (b, y) in zip(*found, strict=True)]
         rows = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells)
@@ -286,18 +279,18 @@ def load_page(profile: Profile) -> Page:
         return (f"<h3>Nearest captions of train</h3><table>{head}{rows}</table>"
                 f"<h3>Its place in the map of train</h3>{place}")
 
-    def page(waveform: np.ndarray, title: str, note: str = "") -> str:
+    def page(waveform: np.ndarray, title: str, note: str) -> str:
         raw = encoder.embed_audio([waveform])                                        # (1, D)
         across = bridged(link, raw)                                                  # (1, D)
         without, with_it = captioner.generate(raw)[0], captioner.generate(across)[0]
         cosine = float((raw * across).sum())
         player = audio_player(waveform, SAMPLING_RATE).data.replace('preload="none" ', "")   # its length shows at once
         wave = image(plot_waveform(waveform, SAMPLING_RATE), "waveform")
-        more = f'<p class="dl-note">{text(absent)}</p>' if train is None else nearest(train, raw, across)
         return (f'<div class="dl-answer"><h3>{text(title)}</h3>{player}{wave}'
                 f'<div class="dl-captions"><div>without the bridge<p>{text(without)}</p></div>'
                 f'<div class="dl-bridged">with the bridge<p>{text(with_it)}</p></div></div><p class="dl-note">'
-                f'Cosine of the raw and the bridged vector: {cosine:.2f}. {text(note)}</p>{more}</div>')
+                f'Cosine of the raw and the bridged vector: {cosine:.2f}. {text(note)}</p>'
+                f'{nearest(raw, across)}</div>')
 
     return page
 
@@ -306,7 +299,7 @@ def answer_file(page: Page, path: str | Path) -> str:
     """What the page shows for a file: its answer, or one line if it cannot be used."""
     try:
         waveform = read_audio(path, WINDOW_S)
-        return page(waveform, f"{Path(path).name}, {clock(len(waveform) / SAMPLING_RATE)}")
+        return page(waveform, f"{Path(path).name}, {clock(len(waveform) / SAMPLING_RATE)}", "")
     except ValueError as error:  # AudioError, or vectors that a model refuses
         return error_line(f"{Path(path).name}: {str(error).removeprefix(f'{path}: ')}")
 
@@ -314,8 +307,8 @@ def answer_file(page: Page, path: str | Path) -> str:
 def answer_scene(page: Page, split: Split, place: int) -> str:
     """What the page shows for clip ``place`` of a split, with its first reference caption."""
     try:
-        note = f"A caption that belongs to it: {split.captions[place][0]}"
-        return page(split.waveform(place), split.clip_ids[place], note)
+        return page(split.waveform(place), split.clip_ids[place],
+                    f"A caption that belongs to it: {split.captions[place][0]}")
     except ValueError as error:
         return error_line(str(error))
 
@@ -323,18 +316,15 @@ def answer_scene(page: Page, split: Split, place: int) -> str:
 def serve(profile: Profile, port: int = PORT) -> int:
     """Show the page on 127.0.0.1 until Ctrl-C or SIGTERM.
 
-    Returns:
-        Exit code: 0, or 1 with one line on stderr where Gradio, a model or the port is not to be had.
+    Returns the exit code: 0, or 1 with one line on stderr where Gradio, a model or the port is not to be had.
     """
     with tempfile.TemporaryDirectory(prefix="dl-demo-") as folder:                   # what Gradio writes goes with it
-        quiet = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        os.environ |= quiet | {"GRADIO_TEMP_DIR": folder}
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
         try:
             import gradio
 
             print("demo: loading the models", file=sys.stderr, flush=True)
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with silence():
                 page = load_page(profile)
         except (MissingWeights, ModuleNotFoundError, ValueError, OSError) as error:  # each says what to do
             remedy = ': pip install -e ".[demo]"' if getattr(error, "name", None) == "gradio" else ""
