@@ -12,33 +12,33 @@ from dl.config import AUDIO_SUFFIXES, PROFILES, get_profile
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--profile", choices=PROFILES, default="mini",
+                        help="smoke (minutes), mini (default) or paper (AudioCaps; your own paths by "
+                             "DL_SETTINGS=my.toml, see README)")
     top = argparse.ArgumentParser(prog="python -m dl", description="Diffusion-Link, replicated.")
     commands = top.add_subparsers(dest="command", required=True, metavar="{check,caption,demo,run,embed,fit}")
 
-    check = commands.add_parser("check", help="environment, data, models, Java, device: OK or what to do, a line each")
-    check.add_argument("--profile", choices=PROFILES, default="mini")
+    check = commands.add_parser("check", parents=[shared],
+                                help="environment, data, models, Java, device: OK or what to do, a line each")
     check.add_argument("--pins-only", action="store_true", help="only compare the versions with pyproject.toml")
 
-    caption = commands.add_parser("caption", help="captions of your own sound files, one for each 10 s",
-                                  allow_abbrev=False)
+    caption = commands.add_parser("caption", parents=[shared], allow_abbrev=False,
+                                  help="captions of your own sound files, one for each 10 s")
     caption.add_argument("files", nargs="+", metavar="FILE",
                          help="any file that soundfile reads, of any length, rate and number of channels")
     caption.add_argument("--no-bridge", action="store_true",
                          help="feed the raw audio vectors to the captioner, to hear what the bridge does")
     caption.add_argument("--json", action="store_true", help="one JSON list: file, start_s, end_s, caption or error")
-    caption.add_argument("--profile", choices=PROFILES, default="mini", help="whose checkpoints are used")
 
-    demo = commands.add_parser("demo", help="a page on 127.0.0.1: drop a sound, see and hear it, read its captions "
-                                            "(pip install -e \".[demo]\")")
+    demo = commands.add_parser("demo", parents=[shared], help="a page on 127.0.0.1: drop a sound, see and hear it, "
+                                                              "read its captions (pip install -e \".[demo]\")")
     demo.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
-    demo.add_argument("--profile", choices=PROFILES, default="mini", help="whose checkpoints are used")
 
     run = commands.add_parser("run", prog="./run_all.sh", help="run the notebooks that are not up to date",
+                              parents=[shared],
                               description="Run every notebook that is not up to date. Also: ./run_all.sh test "
                                           "[--slow] runs the tests, ./run_all.sh check looks at the environment.")
-    run.add_argument("--profile", choices=PROFILES, default="mini",
-                     help="smoke (minutes), mini (default) or paper (AudioCaps; your own paths by "
-                          "DL_SETTINGS=my.toml, see README)")
     run.add_argument("--only", nargs="+", metavar="NN", help="run these stages alone, A1, A2 and A3 included")
     run.add_argument("--from", dest="start", metavar="NN", help="leave out the stages before NN")
     run.add_argument("--seeds", type=int, metavar="N", help="training seeds 0 .. N-1 in place of the profile's")
@@ -50,11 +50,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--list", action="store_true", help="list the stages, what each reads and makes")
 
     several = "in several processes under accelerate launch"
-    embed = commands.add_parser("embed", help=f"embed all clips and captions into the cache, {several}")
-    embed.add_argument("--profile", choices=PROFILES, default="mini")
-
-    fit = commands.add_parser("fit", help=f"train one caption decoder into the cache, {several}")
-    fit.add_argument("--profile", choices=PROFILES, default="mini")
+    commands.add_parser("embed", parents=[shared], help=f"embed all clips and captions into the cache, {several}")
+    fit = commands.add_parser("fit", parents=[shared], help=f"train one caption decoder into the cache, {several}")
     fit.add_argument("--decoder", default="text", metavar="NAME",
                      help="text (notebook 07; the default), raw or diffusion_link (notebook 08)")
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="training seed (default 0)")
@@ -73,9 +70,11 @@ def dashed(arguments: list[str]) -> list[str]:
     """Put ./ before each sound file whose name begins with a dash, as one YouTube id in 64 does."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options = ("-h", "--help", "--json", "--no-bridge", "--profile")
-    return [f"./{text}" if text.startswith("-") and text not in options
-            and (os.path.lexists(text) or Path(text).suffix.lower() in AUDIO_SUFFIXES) else text
-            for text in arguments[:end]] + arguments[end:]
+
+    def named(text: str) -> str:
+        sound = os.path.lexists(text) or Path(text).suffix.lower() in AUDIO_SUFFIXES
+        return f"./{text}" if text.startswith("-") and text not in options and sound else text
+    return [named(text) for text in arguments[:end]] + arguments[end:]
 
 
 def answer(arguments: list[str]) -> int:

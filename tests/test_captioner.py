@@ -164,7 +164,7 @@ def test_generation_drops_nothing_out_and_keeps_the_mode(folder, embeddings):
     assert captioner.train().generate(embeddings) == quiet and captioner.training
 
 
-# ------------------------------------------------------------------------------------------------- storage and refusals
+# ------------------------------------------------------------------------------------------------ storage and refusals
 def one_line(error: pytest.ExceptionInfo, *words: str) -> None:
     """The message is one line, and says these words."""
     message = str(error.value)
@@ -297,7 +297,8 @@ def test_smollm2_knows_english_and_matches_the_sum_by_hand(smollm2):
     embeddings = F.normalize(torch.randn(2, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
     sense, nonsense = "A dog is barking in the garden", "garden the A is barking dog in"
     by_hand = loss_by_hand(smollm2, embeddings[0], sense)[0] + loss_by_hand(smollm2, embeddings[1], "Rain")[0]
-    torch.testing.assert_close(smollm2(embeddings, [sense, "Rain"], reduction="sum").item(), by_hand, rtol=1e-4, atol=0)
+    total = smollm2(embeddings, [sense, "Rain"], reduction="sum").item()
+    torch.testing.assert_close(total, by_hand, rtol=1e-4, atol=0)
     assert smollm2(embeddings[:1], [sense]) < smollm2(embeddings[:1], [nonsense]) - 1
 
 
