@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -162,7 +163,8 @@ def train_captioner(
     model, optimizer = accelerator.prepare(captioner, optimizer)
     learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]   # FSDP replaces them
     accelerator.gradient_accumulation_steps = accumulation
-    state = {"step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
+    state: dict[str, Any] = {
+        "step": 0, "history": [], "total": 0.0, "since": 0, "best": -math.inf, "worse": 0, "finished": False}
     best: dict[str, Tensor] = {}
     if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found

@@ -306,7 +306,8 @@ def test_smollm2_captioner_is_small_and_names_its_base(smollm2, tmp_path):
     smollm2.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 5_000_000
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["language_model"], config["revision"]) == (SMOLLM2, smollm2.revision) and len(smollm2.revision) == 64
+    assert (config["language_model"], config["revision"]) == (SMOLLM2, smollm2.revision)
+    assert len(smollm2.revision) == 64
     assert sum(value.numel() for name, value in smollm2.trainable_state().items() if "lora" in name) == 460_800
 
 
