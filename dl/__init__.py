@@ -30,20 +30,10 @@ from __future__ import annotations
 from importlib import import_module
 
 EXPORTS = {                      # public name: the module that defines it
-    "BridgeConfig": "config",
-    "Profile": "config",
-    "get_profile": "config",
-    "MetricsFile": "store",
-    "Split": "data",
-    "load_split": "data",
-    "ClapEncoder": "clap",
-    "Embeddings": "clap",
-    "load_embeddings": "clap",
-    "DDIMScheduler": "scheduler",
-    "DiffusionLink": "bridge",
-    "train_bridge": "train",
-    "LLMCaptioner": "captioner",
-    "train_captioner": "captioner_train",
+    "BridgeConfig": "config", "Profile": "config", "get_profile": "config", "MetricsFile": "store",
+    "Split": "data", "load_split": "data", "ClapEncoder": "clap", "Embeddings": "clap", "load_embeddings": "clap",
+    "DDIMScheduler": "scheduler", "DiffusionLink": "bridge", "train_bridge": "train",
+    "LLMCaptioner": "captioner", "train_captioner": "captioner_train",
 }
 __all__ = list(EXPORTS)
 
