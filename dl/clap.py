@@ -50,23 +50,21 @@ ROBERTA: dict[str, Any] = {                                                # [pe
     "vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 AMODELS = {96: "HTSAT-tiny", 128: "HTSAT-base", 256: "HTSAT-large"}        # by width of patches [peer: LAION-CLAP]
 # name: its backend, imported on use, and what that opens; any other name is a hub's or a path
-ENCODERS: dict[str, tuple[str, str | Path]] = {
-    "mini": ("dl.mini_clap:MiniClapBackend", MINI_FOLDER),
-}
+ENCODERS: dict[str, tuple[str, str | Path]] = {"mini": ("dl.mini_clap:MiniClapBackend", MINI_FOLDER)}
 
 
 class Backend(Protocol):
-    """What an encoder must offer to stand behind :class:`ClapEncoder`; ``from_pretrained(where, device)`` makes it.
+    """What stands behind :class:`ClapEncoder`; ``from_pretrained(where, device)`` makes it.
 
-    It may also have ``dtype``, what its audio tower computes in; ``token_counts(captions)``, by which captions are put
-    into batches in place of their letters; and ``concurrent``, True where several threads may embed at a time.
+    It may have ``dtype``, what its audio tower computes in; ``token_counts(captions)``, by which captions are put into
+    batches in place of their letters; and ``concurrent``, True where several threads may embed at a time.
     """
 
     embed_dim: int
     weights_sha256: str         # identifies all that a vector depends on; part of every cache key
 
     def embed_audio(self, waveforms: list[np.ndarray]) -> Tensor:
-        """B arrays (samples,) float32 at 48 kHz, each of at most 480,000 samples -> (B, D), unit norm."""
+        """B arrays (samples,) float32 at 48 kHz, of at most 480,000 samples -> (B, D), unit norm."""
 
     def embed_text(self, captions: list[str]) -> Tensor:
         """B captions -> (B, D), unit norm."""
@@ -91,8 +89,7 @@ class ClapEncoder:
     def from_pretrained(cls, name_or_path: str | Path = "mini", device: str | None = None) -> ClapEncoder:
         """Open a name of ``ENCODERS``, a ``ClapModel`` (hub name or folder), or a LAION-CLAP ``.pt``.
 
-        ``device`` is "cpu", "cuda", ...; by default a GPU where there is one. FileNotFoundError says where missing
-        weights should be.
+        ``device`` is "cpu", "cuda", ...; by default a GPU where there is one. FileNotFoundError: no weights.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         door = "dl.clap:LaionClapBackend" if Path(name_or_path).suffix == ".pt" else "dl.clap:HubClapBackend"
@@ -133,10 +130,7 @@ class ClapEncoder:
         return self._rows(self.backend.embed_text, unique, batch_size)[[place[text] for text in captions]]
 
     def _rows(self, embed: Callable[[list], Tensor], items: list, batch_size: int) -> Tensor:
-        """``embed`` of batches of the items, several at a time, each with its share of the cores.
-
-        The operations of a small model are too short for all cores to join in each.
-        """
+        """``embed`` of batches, several at a time on a share of the cores each: a small model fills few."""
         batches = [items[start: start + batch_size] for start in range(0, len(items), batch_size)]
         cores = torch.get_num_threads()
         count = min(cores, BATCHES_AT_A_TIME, len(batches)) if getattr(self.backend, "concurrent", False) else 1
@@ -151,7 +145,6 @@ class ClapEncoder:
         return torch.cat(rows).float().cpu() if rows else torch.empty(0, self.embed_dim)
 
 
-# ------------------------------------------------------------------------------------------------ the cache of vectors
 @dataclass(frozen=True)
 class Embeddings:
     """The vectors of one split, as every later module takes them.
@@ -174,7 +167,7 @@ class Embeddings:
 
     @cached_property
     def key(self) -> str:
-        """Names these vectors and captions by their content; vectors that were changed or picked have another name."""
+        """Names these vectors and captions by their content."""
         return content(self.audio, self.text, self.text_clip, list(self.captions))
 
     def kth_text(self, k: int) -> Tensor:
@@ -217,12 +210,8 @@ def embed_split(profile: Profile, split: Split, encoder: ClapEncoder, progress: 
     """Embed a split, or read what is there already; a killed call goes on at the shard of 512 clips it was in.
 
     Clips that cannot be used are named in ``skipped``, and with those that are not on disk in
-    ``results/<profile>/unusable_clips.csv``; the others are done.
-
-    Args:
-        progress: show clips per second on stderr.
-        accelerator: its processes share the shards between them, each with its own encoder. The result is that of one
-            process (to rounding, where few clips make smaller shards).
+    ``results/<profile>/unusable_clips.csv``. The processes of ``accelerator`` share the shards, each with its own
+    encoder; the result is that of one process (to rounding, where few clips make smaller shards).
     """
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator is not None else (0, 1)
     wait = accelerator.wait_for_everyone if accelerator is not None else lambda: None
@@ -278,7 +267,7 @@ def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, na
     """Put the shards together, embed the captions, and list the clips that could not be used."""
     rows, kept, skipped = [], [], []
     for file in files:
-        if (part := load_checkpoint(file, name)) is None:             # it was whole when it was written
+        if (part := load_checkpoint(file, name)) is None:           # it was whole when it was written
             raise OSError(f"{file} cannot be read any more: run the same command again, it makes what is missing")
         rows.append(part[0]["audio"])
         kept += part[0]["places"].tolist()
@@ -286,11 +275,9 @@ def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, na
     if not kept:
         raise AudioError(f"none of the {len(split)} clips of split '{split.name}' could be used: "
                          + "; ".join(skipped[:3]))
-    audio = torch.cat(rows)
-    del rows                                                        # an AudioCaps split takes 190 MB
     captions = [text for place in kept for text in split.captions[place]]
     counts = torch.tensor([len(split.captions[place]) for place in kept])
-    tensors = {"audio": audio, "text": encoder.embed_text(captions),
+    tensors = {"audio": torch.cat(rows), "text": encoder.embed_text(captions),
                "text_clip": torch.repeat_interleave(torch.arange(len(kept)), counts)}
     columns = ("split", "clip_id", "reason")
     unusable = RowFile(profile.results_dir / "unusable_clips.csv", columns, columns[:2])
@@ -302,7 +289,6 @@ def _merge(profile: Profile, split: Split, encoder: ClapEncoder, final: Path, na
     save_checkpoint(final, tensors, lists, name)
 
 
-# ----------------------------------------------------------------------------------------------------------- the doors
 class HubClapBackend:
     """transformers' ``ClapModel`` by hub name or folder, the default door; D is 512 for LAION's checkpoints.
 
@@ -323,7 +309,7 @@ class HubClapBackend:
 
         Raises:
             FileNotFoundError: neither in a folder nor in the hub's cache, and the hub does not give it.
-            ValueError: weights are missing, as of another kind of model, or the tokenizer does not fit.
+            ValueError: weights are missing, or the tokenizer does not fit.
         """
         from transformers import ClapModel, ClapProcessor
 
@@ -359,10 +345,7 @@ class HubClapBackend:
 
 
 class LaionClapBackend:
-    """LAION's official ``.pt`` through laion-clap itself, for exactly that checkpoint and front end; D is 512.
-
-    ``weights_sha256`` covers the weights and the tokenizer.
-    """
+    """LAION's official ``.pt`` through laion-clap itself; D is 512. ``weights_sha256``: of weights and tokenizer."""
 
     def __init__(self, clap: nn.Module, weights_sha256: str) -> None:
         self.clap, self.weights_sha256, self.embed_dim = clap.eval(), weights_sha256, clap.model.joint_embed_shape
@@ -439,13 +422,12 @@ def short_error(error: Exception) -> str:
     return " ".join(str(error).split())[:160]
 
 
-# ---------------------------------------------------------------------------------------------- LAION's official files
 def read_laion_checkpoint(path: str | Path, *, allow_pickle: bool = False, sha256: str = "") -> dict[str, Tensor]:
     """The weights of an unfused ``.pt``, such as ``630k-audioset-best.pt``; its SHA-256 is printed.
 
-    The file is a pickle. It is read with ``weights_only=True``, which runs no code of it; beyond torch's own types
-    only numpy's scalars, part of a training state, are allowed. Where that is refused, it is read only with
-    ``allow_pickle=True`` and its own ``sha256``: do so only for a file you trust.
+    The file is a pickle, read with ``weights_only=True``, which runs no code of it; numpy's scalars are allowed, as a
+    training state holds them. Where that is refused, it is read only with ``allow_pickle=True`` and its own
+    ``sha256``: do so only for a file you trust.
 
     FileNotFoundError: no such file. ValueError: another SHA-256, a pickle without consent, or no torch file.
     """
@@ -454,8 +436,7 @@ def read_laion_checkpoint(path: str | Path, *, allow_pickle: bool = False, sha25
     found = sha256_file(path)
     print(f"{Path(path).name}  sha256 {found}")
     if sha256 not in ("", found):
-        raise ValueError(f"{path} has sha256 {found}, not {sha256}: download it again, or name this one if you trust "
-                         "it")
+        raise ValueError(f"{path} has sha256 {found}, not {sha256}: download it again, or name this one")
     scalar = (importlib.import_module("numpy.core.multiarray").scalar, "numpy.core.multiarray.scalar")
     types: list[Any] = [np.dtype, np.dtypes.Int64DType, np.dtypes.Float64DType, np.dtypes.Float32DType]
     try:
@@ -476,13 +457,8 @@ def read_laion_checkpoint(path: str | Path, *, allow_pickle: bool = False, sha25
 
 
 def convert_laion_checkpoint(path: str | Path, out: str | Path, **consent: Any) -> None:
-    """Write the weights of a ``.pt`` alone to ``out``, a ``.pt`` that opens without consent.
-
-    Example:
-        >>> convert_laion_checkpoint("old.pt", "clean.pt", allow_pickle=True, sha256="9f2c...")    # doctest: +SKIP
-    """
-    state = read_laion_checkpoint(path, **consent)
-    torch.save(state, out)
+    """Write the weights of a ``.pt`` alone to ``out``, a ``.pt`` that opens without consent."""
+    torch.save(read_laion_checkpoint(path, **consent), out)
 
 
 def build_laion_clap(amodel: str, text_config: dict, tokenizer: object, device: str = "cpu") -> Any:

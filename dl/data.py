@@ -1,7 +1,7 @@
 """Clips, captions and sounds: AudioCaps' CSVs and folders, the scenes of ``data/mini``, and sound files of any kind.
 
-Sound files are opened with distrust. A header is checked before memory is asked for. libsndfile reads a file that is
-cut off as a shorter sound, without a word, so the end is compared with what the header announces.
+A sound file's header is checked before memory is asked for. libsndfile reads a file that is cut off as a shorter
+sound, without a word, so the end is compared with what the header announces.
 """
 from __future__ import annotations
 
@@ -59,7 +59,6 @@ class AudioError(ValueError):
     """A sound that cannot be used; the message names the file and the reason."""
 
 
-# ------------------------------------------------------------------------------------------------------- sound files
 class EndlessMp3(io.FileIO):
     """An MP3 file that claims a size beyond any sound, so that libsndfile reads until the real end."""
 
@@ -76,8 +75,7 @@ class EndlessMp3(io.FileIO):
 def is_bare_mp3(path: str | Path) -> bool:
     """Whether the first frame of an MP3 does not say how many follow (Xing, Info or VBRI; [peer: LAME, Fraunhofer]).
 
-    libsndfile then guesses from the file's size: a cover picture makes the guess too large, a variable bit rate too
-    small.
+    libsndfile then guesses from the file's size: too many with a cover picture, too few with a variable bit rate.
     """
     with open(path, "rb") as file:
         tag = file.read(10)
@@ -90,14 +88,10 @@ def is_bare_mp3(path: str | Path) -> bool:
 
 @contextmanager
 def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
-    """Open any file that soundfile understands; an error inside the block counts as the file's.
-
-    AudioError says if it is absent, a folder, not readable, not audio, or has a header that cannot be true.
-    """
-    if os.path.isdir(path):
-        raise AudioError(f"{path}: is a folder; name the files in it")
+    """Open any file that soundfile understands; AudioError says what is wrong with it, also inside the block."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise AudioError(f"{path}: is a pipe or a device, not a file; {FORMATS}")
+        kind = "folder; name the files in it" if os.path.isdir(path) else f"pipe or a device, not a file; {FORMATS}"
+        raise AudioError(f"{path}: is a {kind}")
     name = Path(os.fsdecode(path))
     try:
         source = EndlessMp3(path) if is_bare_mp3(path) else os.fsencode(path)      # bytes: a name need not be UTF-8
@@ -122,10 +116,7 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
 
 
 def check_end(path: str | Path, file: soundfile.SoundFile, count: int) -> None:
-    """Raise AudioError if a file that ended after ``count`` frames announces more, by over 0.1 s and 1 %.
-
-    Of an Ogg stream the last page must be there.
-    """
+    """AudioError if a file that ended after ``count`` frames announces over 0.1 s and 1 % more, or lacks its end."""
     expected = file.frames
     if found := ANNOUNCED.search(file.extra_info):
         announced, present = map(int, found.groups())
@@ -136,18 +127,14 @@ def check_end(path: str | Path, file: soundfile.SoundFile, count: int) -> None:
         raise AudioError(f"{ends} of {expected / file.samplerate:.1f} s; {AGAIN}")
     if file.format == "OGG":
         page = Path(os.fsdecode(path)).read_bytes()[-65_307:].rpartition(b"OggS")[2]        # no page is longer
-        if len(page) < 2 or not page[1] & 4:                        # the flag of the last one, after the version
+        if len(page) < 2 or not page[1] & 4:                        # the last page's flag, after the version
             raise AudioError(f"{ends}, its last page is missing; {AGAIN}")
 
 
 def read_audio(path: str | Path, seconds: float | None = None) -> np.ndarray:
-    """Read any file soundfile understands as mono float32 (samples,) at 48 kHz, in about [-1, 1].
+    """Read any file soundfile understands, or its first ``seconds``, as mono float32 (samples,) at 48 kHz in [-1, 1].
 
-    Channels are averaged; other rates are resampled by soxr (HQ). The file is read piece by piece: memory follows what
-    is in it, not what its header says.
-
-    Args:
-        seconds: read at most so much of its beginning; None reads it all.
+    Channels are averaged; other rates are resampled by soxr (HQ). Memory follows what is in the file, not its header.
 
     Raises:
         AudioError: unreadable, cut off, empty, too short, silent or not finite; the message names the file.
@@ -168,8 +155,7 @@ def read_audio(path: str | Path, seconds: float | None = None) -> np.ndarray:
 def check_waveform(waveform: np.ndarray, sampling_rate: int, name: str = "waveform") -> np.ndarray:
     """Return ``waveform`` (samples,) as float32 at 48 kHz, or say why it cannot be used.
 
-    Args:
-        waveform: floats in about [-1, 1], or a file's integers, whose full scale becomes 1; array, tensor or list.
+    It is an array, tensor or list of floats in about [-1, 1], or of a file's integers, whose full scale becomes 1.
 
     Raises:
         AudioError: not one-dimensional, empty, shorter than 0.05 s, silent, or with NaN or infinite samples.
@@ -199,12 +185,10 @@ def check_waveform(waveform: np.ndarray, sampling_rate: int, name: str = "wavefo
     return np.ascontiguousarray(waveform, dtype=np.float32)
 
 
-# -------------------------------------------------------------------------------------------------------------- tables
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     """Read a CSV in UTF-8, with or without a byte order mark, every cell a string; blank lines do not count.
 
-    The csv module reads it, in its strict mode: pandas takes an unquoted comma in the first caption for a column of
-    row names.
+    The csv module reads it: pandas takes an unquoted comma in the first caption for a column of row names.
 
     Raises:
         FileNotFoundError: no such file.
@@ -230,9 +214,9 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def read_captions(path: Path) -> pd.DataFrame:
-    """Read a CSV in AudioCaps' columns, every cell a string.
+    """Read a CSV in AudioCaps' columns, every cell a string; errors are those of :func:`read_table`.
 
-    ValueError names the row: no rows, an id twice, an empty id or caption; and see :func:`read_table`.
+    ValueError names the row: no rows, an id twice, an empty id or caption.
     """
     frame = read_table(path, CAPTION_COLUMNS)
     if frame.empty:
@@ -258,12 +242,8 @@ def count_rows(path: Path) -> tuple[int, set[str]]:
     return len(frame), set(clip_ids_of(frame))
 
 
-# ----------------------------------------------------------------------------------------------------------- AudioCaps
 def find_audiocaps(data_dir: Path) -> tuple[dict[str, Path], Path]:
-    """The CSV of every split, and the folder of the clips; where none is there, the place where it should be.
-
-    The layout is ours (``train.csv``, ``audio/``) or that of aac-datasets.
-    """
+    """The CSVs by split and the folder of the clips, as we or aac-datasets lay them out; else where they should be."""
     bases = [data_dir, data_dir / "AUDIOCAPS"]
     places = [base / below for base in bases for below in ("", "csv_files_v1", "csv_files_v2")]
     tables = {}
@@ -277,10 +257,9 @@ def find_audiocaps(data_dir: Path) -> tuple[dict[str, Path], Path]:
 
 
 def find_clips(folder: Path, clip_ids: Iterable[str]) -> tuple[dict[str, Path], str]:
-    """The clips that are in a folder or below it, links followed, by the names that downloaders give them.
+    """The clips that are in a folder or below it, links followed, by the names that downloaders give them: id -> file.
 
-    Returns:
-        (clip id -> file; where none is there, a name that was looked for and up to three that are there, else "").
+    Where none is there, the second value says a name that was looked for and three that are there; else it is "".
     """
     files: dict[str, Path] = {}
     seen: set[str] = set()
@@ -306,22 +285,18 @@ def find_clips(folder: Path, clip_ids: Iterable[str]) -> tuple[dict[str, Path], 
 
 
 def differences(data_dir: Path) -> tuple[str, list[str]]:
-    """The version that has about as many training captions, and how each split differs from it, a line each.
-
-    Errors are those of :func:`read_captions`.
-    """
+    """The version that has about as many training captions, and how each split differs from it, a line each."""
     counts = {split: count_rows(path) for split, path in find_audiocaps(data_dir)[0].items()}
     version = min(PUBLISHED, key=lambda name: abs(PUBLISHED[name]["train"][0] - counts["train"][0]))
     lines = []
     for split, (rows, clips) in counts.items():
-        published = PUBLISHED[version][split]
-        for what, found, wanted in zip(("captions", "clips"), (rows, len(clips)), published, strict=True):
+        counted = zip(("captions", "clips"), (rows, len(clips)), PUBLISHED[version][split], strict=True)
+        for what, found, wanted in counted:
             if wanted not in (None, found):
                 lines.append(f"{split}.csv has {found:,} {what}, {version} has {wanted:,}")
     return version, lines
 
 
-# -------------------------------------------------------------------------------------------------------------- splits
 @dataclass(frozen=True)
 class Split:
     """The clips of one split, in a fixed order.
@@ -349,10 +324,7 @@ class Split:
 
     @property
     def manifest(self) -> str:
-        """Hash of the sound files, so that a repaired file under the same name changes it.
-
-        Their content counts, or, where they hold more than 200 MB together, their sizes and times.
-        """
+        """Hash of the sound files: of their content, or beyond 200 MB of their sizes and times."""
         readable = [path for path in sorted(set(self.files)) if path.is_file() and os.access(path, os.R_OK)]
         stats = [(path, path.stat()) for path in readable]
         small = sum(stat.st_size for _, stat in stats) <= MANIFEST_BYTES
@@ -372,7 +344,7 @@ def ids_sha256(clip_ids: list[str]) -> str:
 
 
 def load_split(profile: Profile, split: str) -> Split:
-    """Return the clips of ``split`` ("train", "val" or "test"), at most ``profile.max_clips[split]`` of them.
+    """The clips of ``split`` ("train", "val" or "test"), at most ``profile.max_clips[split]`` of them.
 
     Errors are those of :func:`read_captions`; FileNotFoundError also where no sound of the split is on disk.
     """
@@ -398,11 +370,10 @@ def load_split(profile: Profile, split: str) -> Split:
 
 
 def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Series) -> Split:
-    scenes = read_table(data_dir / "scenes.csv", ["youtube_id", *MIXED])
-    scenes = scenes.drop_duplicates("youtube_id").set_index("youtube_id")
+    table, restore = data_dir / "scenes.csv", "git checkout -- data/mini"
+    scenes = read_table(table, ["youtube_id", *MIXED]).drop_duplicates("youtube_id").set_index("youtube_id")
     if absent := [scene for scene in rows.youtube_id if scene not in scenes.index]:
-        raise ValueError(f"{data_dir / 'scenes.csv'}: scene {absent[0]} of {split}.csv is not in it; "
-                         "both ship together: git checkout -- data/mini")
+        raise ValueError(f"{table}: scene {absent[0]} of {split}.csv is not in it; both ship together: {restore}")
     frame = scenes.loc[rows.youtube_id].reset_index()
     files = recording_files(data_dir)
 
@@ -413,7 +384,7 @@ def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Ser
             raise
         except (KeyError, ValueError) as error:
             raise AudioError(f"{captions.index[index]}: its row of scenes.csv cannot be mixed ({error}); "
-                             "git checkout -- data/mini") from None
+                             f"{restore}") from None
 
     used = sorted({clip_id for cell in frame.recordings for clip_id in cell.split(";")} & files.keys())
     return Split(split, list(captions.index), list(captions), frame, waveform,
@@ -421,10 +392,7 @@ def _mini_split(data_dir: Path, split: str, rows: pd.DataFrame, captions: pd.Ser
 
 
 def recording_files(data_dir: Path) -> dict[str, Path]:
-    """Map the ids of ``recordings.csv`` to their Ogg Opus files.
-
-    Errors are those of :func:`read_table`; a file that would lie outside the folder is a ValueError.
-    """
+    """The Ogg Opus files of ``recordings.csv`` by id; ValueError for one that would lie outside the folder."""
     path = data_dir / "recordings" / "recordings.csv"
     frame = read_table(path, ["clip_id", "file"])
     if outside := [file for file in frame.file if Path(file).is_absolute() or ".." in Path(file).parts]:
@@ -438,20 +406,16 @@ def _read_once(path: Path, changed: int) -> np.ndarray:
 
 
 def read_recording(path: Path) -> np.ndarray:
-    """:func:`read_audio`, remembered: the 996 recordings take 440 MB decoded, and each is mixed into many scenes."""
+    """:func:`read_audio`, remembered: 996 recordings take 440 MB, and each is mixed into many scenes."""
     return _read_once(path, path.stat().st_mtime_ns if path.is_file() else 0)
 
 
 def mix_scene(scene: pd.Series, read_recording: Callable[[str], np.ndarray]) -> np.ndarray:
     """Mix one row of ``scenes.csv``: one to three recordings in at most 10 s; data/mini/build_corpus.py drew them.
 
-    Args:
-        scene: the columns ``MIXED``; the first three hold several cells joined by ";".
-        read_recording: gives a recording by id as float32 (samples,), mono, 48 kHz.
-
-    Returns:
-        float32 (seconds * 48,000,), peak at most 1:
-        sum_i 10^(gain_i / 20) r_i(t - offset_i) + noise, scaled down if it would clip.
+    ``scene`` has the columns ``MIXED``, the first three with several cells joined by ";"; ``read_recording`` gives a
+    recording by id as float32 (samples,), mono, 48 kHz. The result is float32 (seconds * 48,000,), peak at most 1:
+    sum_i 10^(gain_i / 20) r_i(t - offset_i) + noise, scaled down if it would clip.
 
     Raises:
         ValueError: a cell that is no number, lists of different lengths, a recording that would start outside.
