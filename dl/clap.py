@@ -50,7 +50,9 @@ ROBERTA: dict[str, Any] = {                                                # [pe
     "vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 AMODELS = {96: "HTSAT-tiny", 128: "HTSAT-base", 256: "HTSAT-large"}        # by width of patches [peer: LAION-CLAP]
 # name: its backend, imported on use, and what that opens; any other name is a hub's or a path
-ENCODERS: dict[str, tuple[str, str | Path]] = {"mini": ("dl.mini_clap:MiniClapBackend", MINI_FOLDER)}
+ENCODERS: dict[str, tuple[str, str | Path]] = {
+    "mini": ("dl.mini_clap:MiniClapBackend", MINI_FOLDER),
+}
 
 
 class Backend(Protocol):
