@@ -1,4 +1,4 @@
-"""What the notebooks' figures share: colours, style, files, the sound player, and two figures that the local page shows.
+"""What the notebooks' figures share: colours, style, files, the sound player, and two figures of the local page.
 
 Colours and markers belong to roles (Okabe-Ito, readable without colour): audio orange circles, text blue squares,
 bridged green triangles. Figures are 3.3 or 6.9 inches wide (one column or the page), 8 pt.
@@ -38,7 +38,7 @@ MANY_POINTS = 100                                         # a larger cloud is an
 GREY = "#8C8C8C"                                          # chance, baselines, what belongs to no role
 FORMATS = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None},
            "png": {"Software": None}}
-STYLE = {
+STYLE = sns.axes_style("ticks") | {
     "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7,
     "legend.fontsize": 7, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Verdana"],
     "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "lines.linewidth": 1.0,
@@ -52,13 +52,13 @@ OPUS_LEVEL = 0.95                                         # libsndfile's compres
 
 def set_style() -> None:
     """The house's style for all figures from here on."""
-    plt.rcParams.update(sns.axes_style("ticks") | STYLE)
+    plt.rcParams.update(STYLE)
 
 
 @contextmanager
 def style() -> Iterator[None]:
     """The house's style inside a ``with``, or of a decorated function; the caller's settings come back after it."""
-    with plt.rc_context(sns.axes_style("ticks") | STYLE):
+    with plt.rc_context(STYLE):
         yield
 
 
@@ -122,11 +122,9 @@ def panels(n: int, width: float = PAGE, height: float = 2.2, **kwargs: Any) -> t
 
 def scatter_roles(axis: Axes, points: dict[str, np.ndarray], links: tuple[str, str] | None = None,
                   size: float = 16) -> None:
-    """Draw 2-D points in the colour and marker of their role.
+    """Draw 2-D points, role ("audio", "text", "bridged") -> (n, 2), in the colour and marker of their role.
 
-    Args:
-        points: role ("audio", "text", "bridged") -> (n, 2).
-        links: two roles whose i-th points are joined by a grey line (pairs), or None.
+    ``links`` names two roles whose i-th points are joined by a grey line (pairs).
     """
     if links:
         for start, end in zip(points[links[0]], points[links[1]], strict=True):
@@ -138,15 +136,12 @@ def scatter_roles(axis: Axes, points: dict[str, np.ndarray], links: tuple[str, s
 
 
 def audio_player(waveform: np.ndarray, sampling_rate: int, title: str = "") -> HTML:
-    """A player for a notebook with the sound inside it, as Ogg Opus at 24 kHz below 24 kbit/s.
+    """A player (``IPython.display.HTML``) with the sound inside it, as Ogg Opus at 24 kHz below 24 kbit/s.
 
     Args:
         waveform: float32 (samples,), mono, in [-1, 1].
         sampling_rate: in Hz.
         title: a line above the player, plain text.
-
-    Returns:
-        ``IPython.display.HTML``; the last expression of a cell, or an argument of ``display``, shows it.
     """
     from IPython.display import HTML
 
@@ -162,8 +157,8 @@ def audio_player(waveform: np.ndarray, sampling_rate: int, title: str = "") -> H
 def thread_clip(split: Split) -> str:
     """The id of the clip that every notebook looks at, never to score: the first dog that barks alone.
 
-    In ``data/mini`` the first scene whose only label is "a dog barks" (``mini-train-00015_0``); in AudioCaps, which has
-    no labels, the first clip whose first caption speaks of a dog that barks.
+    In ``data/mini`` the first scene whose only label is "a dog barks" (``mini-train-00015_0``); in AudioCaps, which
+    has no labels, the first clip whose first caption speaks of a dog that barks.
 
     Raises:
         ValueError: the split has no such clip.
@@ -237,8 +232,8 @@ def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np
                 headwidth=5, zorder=3)
     for name, role in (("raw", "audio"), ("bridged", "bridged")):
         x, y = plane[name].T
-        axis.scatter(x, y, s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black", linewidth=0.9,
-                     zorder=4, label=f"your clip, {name}")
+        axis.scatter(x, y, s=60, color=COLOURS[role], marker=MARKERS[role], edgecolor="black",
+                     linewidth=0.9, zorder=4, label=f"your clip, {name}")
     for number, place in enumerate(start, 1):
         axis.annotate(str(number), place, (-9, 5), textcoords="offset points", zorder=5)
     for position in (0, 1):
@@ -247,4 +242,5 @@ def plot_place(audio: np.ndarray, text: np.ndarray, raw: np.ndarray, bridged: np
              ylabel="first component of captions\nat a right angle")
     legend = figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
     plt.setp(legend.legend_handles[:2], sizes=[20], alpha=1)
-    return figure, pd.DataFrame([(role, *xy) for role, rows in plane.items() for xy in rows], columns=["role", "x", "y"])
+    points_drawn = [(role, *xy) for role, rows in plane.items() for xy in rows]
+    return figure, pd.DataFrame(points_drawn, columns=["role", "x", "y"])

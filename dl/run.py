@@ -228,11 +228,10 @@ class Run:
         if unknown := {*(only or []), start or numbers[0]} - {*numbers}:
             raise StageError(f"unknown stage {min(unknown)!r}: choose one of {' '.join(numbers)}")
         named = [stage for stage in self.stages if (stage.number in only if only else stage.default)]
-        there = [stage for stage in named if self.source(stage).is_file()]
-        if only and len(there) < len(named):
-            absent = next(stage.notebook for stage in named if stage not in there)
-            raise StageError(f"notebooks/{absent} is not part of this version")
-        if not (stages := [stage for stage in there if stage.number >= (start or "")]):
+        absent = [stage for stage in named if not self.source(stage).is_file()]
+        if only and absent:
+            raise StageError(f"notebooks/{absent[0].notebook} is not part of this version")
+        if not (stages := [stage for stage in named if stage not in absent and stage.number >= (start or "")]):
             raise StageError("there is no notebook to run in notebooks/")
         return stages
 

@@ -18,7 +18,7 @@ import pytest
 from dl import run as runner
 from dl.__main__ import literal
 from dl.config import REPO, get_profile
-from dl.run import STAGES, Run, Stage, StageError, parameter_names, recipes, run_stages
+from dl.run import STAGES, Run, Stage, StageError, parameter_names, run_stages
 
 SETUP = """
 import os, time
@@ -85,7 +85,6 @@ def plan(run: Run) -> list[str | None]:
     return [*runner.plan(run, run.chosen()).values()]
 
 
-# ----------------------------------------------------------------------------------------------------- what has to run
 def test_second_run_skips_all_and_each_change_has_its_reason(toy, capsys):
     assert plan(toy) == ["it has not run yet"] * 2
     assert run_stages(toy) == 0 and ran(toy) == "01 02"
@@ -124,13 +123,10 @@ def test_second_run_skips_all_and_each_change_has_its_reason(toy, capsys):
     assert run_stages(toy) == 0 and ran(toy) == "01 02", "02 reads what 01 read"
 
 
-def test_dry_run_runs_nothing(toy, capsys):
+def test_dry_run_only_from_and_force(toy, capsys):
     assert run_stages(toy, dry_run=True) == 0 and not toy.results.exists()
     reason = "it has not run yet"
     assert capsys.readouterr().out.splitlines()[1:] == [f"RUN  01 first: {reason}", f"RUN  02 second: {reason}"]
-
-
-def test_only_from_and_force(toy):
     assert toy.chosen() == [*STAGES_3[:2]] and toy.chosen(start="02") == [STAGES_3[1]]
     for force, names in ((False, "A1"), (False, ""), (True, "A1")):
         assert run_stages(toy, only=["A1"], force=force) == 0 and ran(toy) == names
@@ -161,7 +157,6 @@ def test_a_stage_may_write_a_file_that_it_reads(toy):
     assert toy.reason(STAGES_3[2]) == f"{toy.results / 'search.csv'} changed"
 
 
-# --------------------------------------------------------------------------------------------------------- parameters
 def test_parameters_reach_the_notebooks_that_declare_them(toy):
     got = "(out / 'got.txt').write_text(f'{profile} {full} {seeds}')"
     write_notebook(toy.root / "notebooks/A1_apart.ipynb", SETUP, got,
@@ -184,7 +179,6 @@ def test_papermill_may_not_guess(tmp_path, parameters):
         parameter_names(tmp_path / "x.ipynb")
 
 
-# ---------------------------------------------------------------------------------------------------- what can happen
 def test_records_and_last_screen(toy, capsys):
     assert run_stages(toy) == 0
     with open(toy.results / "timing.csv", newline="") as file:
@@ -277,7 +271,6 @@ def test_a_stopped_run_leaves_nothing_behind_and_goes_on(toy, number, code):
     assert ran(toy) == "02"                                              # and stage 01 is not repeated
 
 
-# ------------------------------------------------------------------------------------------------------------ recipes
 def test_an_edit_of_dl_is_said_and_a_recipe_decides(toy, capsys):
     module = toy.root / "dl/toy.py"
     assert run_stages(toy) == 0
@@ -295,11 +288,6 @@ def test_an_edit_of_dl_is_said_and_a_recipe_decides(toy, capsys):
     assert toy.reason(STAGES_3[0]) == "TOY_RECIPE changed"
 
 
-def test_the_recipes_of_dl():
-    assert {"BRIDGE_RECIPE", "PEERS_RECIPE", "DECODER_RECIPE"} <= set(recipes(REPO / "dl"))
-
-
-# -------------------------------------------------------------------------------------------------------- real stages
 def test_the_table_of_stages():
     numbers = [stage.number for stage in STAGES]
     assert numbers == [f"{place:02d}" for place in range(12)] + ["A1", "A2", "A3"]
@@ -309,13 +297,3 @@ def test_the_table_of_stages():
     assert {path.name for path in (REPO / "notebooks").glob("*.ipynb")} <= {stage.notebook for stage in STAGES}
     promised = [pattern for stage in STAGES for pattern in stage.makes if pattern != "metrics.csv"]
     assert len(promised) == len(set(promised)), "a file belongs to one stage"
-
-
-def test_deciding_takes_seconds(results_root):
-    """A second run of the real stages hashes data/mini and nothing more."""
-    began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "dl", "run", "--list"], cwd=REPO, check=True, capture_output=True)
-    run = Run(get_profile("mini"))
-    for pattern in {pattern for stage in STAGES for pattern in stage.reads}:
-        run.read_files(pattern)
-    assert time.monotonic() - began < 10
