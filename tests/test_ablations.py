@@ -1,4 +1,4 @@
-"""The table of ablations is laid out from the rows of notebook 09; a variant without rows is the base by another name."""
+"""The table of ablations of notebook 09 is laid out from rows; a variant without any is the base by another name."""
 from __future__ import annotations
 
 import pandas as pd
@@ -11,7 +11,8 @@ from dl.store import MetricsFile
 
 
 def recorded(experiment: str, system: str, value: float, **more: object) -> list[dict]:
-    shared = {"experiment": experiment, "system": system, "split": "test", "n_items": 30, "seed": "all", "noise_seed": "all"}
+    shared = {"experiment": experiment, "system": system, "split": "test", "n_items": 30, "seed": "all",
+              "noise_seed": "all"}
     return [{**shared, "metric": metric, "value": value, "ci_low": value - 0.1, "ci_high": value + 0.1, **more}
             for metric in ABLATION_METRICS]
 

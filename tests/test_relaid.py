@@ -39,7 +39,8 @@ def differences(name: str, old: list[str], new: list[str]) -> list[str]:
     if len(old) != len(new):
         return [f"{name}: {len(old)} cells or lines became {len(new)}"]
     pattern, now = PERMITTED.get(name, (r"(?!)", ""))
-    return [f"{name}: {a!r} became {b!r}" for a, b in zip(old, new, strict=True) if not same(re.sub(pattern, now, a), b)]
+    return [f"{name}: {a!r} became {b!r}" for a, b in zip(old, new, strict=True)
+            if not same(re.sub(pattern, now, a), b)]
 
 
 @pytest.fixture(scope="module")
