@@ -1,8 +1,8 @@
 """What Tables 1 and 2 run: tuning on val, fits, caption decoders, captions, scores on test.
 
-On a CPU several processes of few threads do more than one of many, since a bridge and a caption are made of small
-matrices. Each fit, and the captions of each row, are kept on disk, so a killed run goes on where it was. The number of
-processes depends on the machine and the number of parts alone: a resumed run gives the same bytes as an undisturbed one.
+On a CPU several processes of few threads do more than one of many: a bridge and a caption are made of small matrices.
+Each fit, and the captions of each row, are kept on disk, so a killed run goes on where it was. The number of processes
+depends on the machine and the number of parts alone: a resumed run gives the same bytes as an undisturbed one.
 """
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-# ----------------------------------------------------------------------------------------- Table 1: tuning on val, fits
+# ---------------------------------------- Table 1: tuning on val, fits
 def grid(**choices: Iterable) -> list[Trial]:
     """Every combination of the choices, the last one varying fastest."""
     return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
@@ -132,17 +132,16 @@ def chosen(profile: Profile, system: str) -> Trial:
 
     A profile's own search comes first, else the committed one of ``mini``, which holds for its encoder alone.
     """
-    for path in search_paths(profile):
-        if path.is_file():
-            frame = pd.read_csv(path, dtype=str)
-            best = frame[(frame.system == system) & (frame.chosen == "1")]
-            if len(best):
-                return json.loads(best.params.iloc[0])
+    for path in filter(Path.is_file, search_paths(profile)):
+        frame = pd.read_csv(path, dtype=str)
+        best = frame[(frame.system == system) & (frame.chosen == "1")]
+        if len(best):
+            return json.loads(best.params.iloc[0])
     return {}
 
 
 def table1_systems(full: bool = False) -> list[str]:
-    """The rows of Table 1; ``full`` adds ``ONLY_FULL``. ``capdec`` maps no vector: its row would be that of ``raw``."""
+    """The rows of Table 1; ``full`` adds ``ONLY_FULL``. ``capdec`` maps no vector, as ``raw``."""
     return [name for name in REGISTRY if name != "capdec" and (full or name not in ONLY_FULL)] + ["text_floor"]
 
 
@@ -180,13 +179,12 @@ def unfitted(profile: Profile, system: str, **hyper_parameters: Any) -> Peer:
 
 def fit_key(peer: Peer, train: Embeddings, seed: int) -> Key:
     """Names a fit by what decides it, before it is made; two systems that differ at a call only share it."""
-    if isinstance(peer, TrainedPeer):
-        settings = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
-        kind = "bridge" if isinstance(peer, DiffusionLinkPeer) else type(peer).__name__
-        return key("fit", PEERS_RECIPE, bridge=BRIDGE_RECIPE, system=kind, settings=settings, seed=seed,
-                   data=train.key)
-    settings = {name: value for name, value in vars(peer).items() if isinstance(value, int | float | str)}
-    return key("fit", PEERS_RECIPE, system=type(peer).__name__, settings=settings, data=train.key)
+    if not isinstance(peer, TrainedPeer):
+        settings = {name: value for name, value in vars(peer).items() if isinstance(value, int | float | str)}
+        return key("fit", PEERS_RECIPE, system=type(peer).__name__, settings=settings, data=train.key)
+    settings = {name: value for name, value in asdict(peer.config).items() if name not in INFERENCE_FIELDS}
+    kind = "bridge" if isinstance(peer, DiffusionLinkPeer) else type(peer).__name__
+    return key("fit", PEERS_RECIPE, bridge=BRIDGE_RECIPE, system=kind, settings=settings, seed=seed, data=train.key)
 
 
 def mapping_key(profile: Profile, system: str, train: Embeddings, seed: int, space: str = "text") -> Key:
@@ -202,13 +200,9 @@ def mapping_key(profile: Profile, system: str, train: Embeddings, seed: int, spa
 
 def fit_systems(profile: Profile, systems: Iterable[str], train: Embeddings,
                 val: Embeddings | None = None) -> dict[tuple[str, int], Peer]:
-    """Fit every system with every training seed (a closed form: seed 0), trained ones side by side without a GPU.
+    """(system, seed) -> peer: every system fitted with every training seed, a closed form with seed 0.
 
-    Args:
-        val: see :func:`fit_system`.
-
-    Returns:
-        (system, seed) -> peer.
+    Trained ones are fitted side by side where there is no GPU. ``val``: see :func:`fit_system`.
     """
     def keep(system: str, seed: int) -> None:
         fit_system(profile, system, train, seed, val)
@@ -251,7 +245,7 @@ def search(profile: Profile, system: str, train: Embeddings, val: Embeddings) ->
     return best
 
 
-# ---------------------------------------------------------------------------------------------- Table 1: scores on test
+# ---------------------------------------- Table 1: scores on test
 def score_table(profile: Profile, systems: list[str], train: Embeddings, test: Embeddings,
                 split: Split) -> tuple[Scores, list[dict]]:
     """Fit every system with every training seed and score it on test, several side by side where there is no GPU.
@@ -274,22 +268,25 @@ def score_table(profile: Profile, systems: list[str], train: Embeddings, test: E
         "test:new_source": (frame.shares_source == "0").to_numpy(),
     } if "seen" in frame else {}
     shared: dict[str, Any] = {"dataset": profile.data_dir.name, "ids_sha256": ids_sha256(test.clip_ids)}
+    gap = shared | {"experiment": "gap"}
     fitted = fit_systems(profile, [system for system in systems if system != "text_floor"], train)
     peers = {system: {seed: peer for (name, seed), peer in fitted.items() if name == system} for system in systems}
-    parts = [(system, peers[system], test, labels, draws, subsets, profile.noise_seeds,
-              shared | {"experiment": "gap"}) for system in systems]
+    parts = [(system, peers[system], test, labels, draws, subsets, profile.noise_seeds, gap) for system in systems]
     scores: Scores = {}
     rows: list[dict] = []
-    for part, (of_system, its_rows) in zip(parts, side_by_side(_score, parts, profile.processes, 1.2), strict=True):
-        scores |= of_system
+    for system, (its_scores, its_rows) in zip(systems, side_by_side(_score, parts, profile.processes, 1.2),
+                                              strict=True):
+        scores |= its_scores
         rows += its_rows
-        for peer in list(part[1].values())[:1]:
-            (space, *_), source = _spaces(part[0], peer, test)
-            batch = source.audio[torch.arange(1000) % len(source.audio)]
-            seconds = median(repeat(partial(peer, batch), number=1, repeat=3))
-            rows += [{**part[-1], "system": part[0], "split": "test", "space": space, "seed": "all",
-                      "noise_seed": "all", "n_items": len(test.clip_ids), "metric": metric, "value": value}
-                     for metric, value in (("parameters", peer.num_parameters), ("ms_per_1000", 1000 * seconds))]
+        if system == "text_floor":
+            continue
+        peer = next(iter(peers[system].values()))
+        (space, *_), source = _spaces(system, peer, test)
+        batch = source.audio[torch.arange(1000) % len(source.audio)]
+        costs = {"parameters": peer.num_parameters,
+                 "ms_per_1000": 1000 * median(repeat(partial(peer, batch), number=1, repeat=3))}
+        rows += [{**gap, "system": system, "split": "test", "space": space, "seed": "all", "noise_seed": "all",
+                  "n_items": len(test.clip_ids), "metric": metric, "value": value} for metric, value in costs.items()]
     pair: dict[str, Any] = {**shared, "experiment": "gap:paired", "split": "test", "space": "text"}
     for baseline in comparisons("gap"):
         if {("diffusion_link", "text"), (baseline, "text")} <= scores.keys():
@@ -298,7 +295,7 @@ def score_table(profile: Profile, systems: list[str], train: Embeddings, test: E
 
 
 def _spaces(system: str, peer: Peer, test: Embeddings) -> tuple[tuple[str, ...], Embeddings]:
-    """The spaces that a system is scored in, and what it maps: text_to_audio first captions, looked for among sounds."""
+    """The spaces that a system is scored in, and what it maps: text_to_audio the first captions, among the sounds."""
     if system == "text_to_audio":
         clips = torch.arange(len(test.clip_ids))
         return ("audio",), replace(test, audio=test.first_text, text=test.audio, text_clip=clips, captions=[])
@@ -344,7 +341,7 @@ def record_rows(profile: Profile, rows: list[dict]) -> None:
     file.add(rows)
 
 
-# ------------------------------------------------------------------------------------------- Table 2: rows and decoders
+# ---------------------------------------- Table 2: rows and decoders
 IN_USE: WeakValueDictionary[Path, LLMCaptioner] = WeakValueDictionary()       # decoders that somebody holds
 NOISE_SEED = 0        # of a mapping that adds noise; its training seed is the decoder's seed
 VAL_CLIPS = 128       # clips whose first caption makes the decoder's loss on val [ours]
@@ -352,7 +349,7 @@ TEXT_DECODERS = {     # decoders that are trained on text vectors alone: name ->
     "text": "raw",                         # the text vectors as they are
     "text_noised": "capdec",               # norm(t + N(0, v I)), v as in Table 1 [peer: CapDec]
     "text_centred": "c3",                  # norm(centred t + N(0, v I)), v as in Table 1 [peer: C3]
-    "text_bridged": "diffusion_bridge",    # centred t through the text-only chain from k = 400 [peer: Diffusion Bridge]
+    "text_bridged": "diffusion_bridge",    # centred t through the text-only chain, k = 400 [peer: Diffusion Bridge]
 }
 
 
@@ -367,6 +364,7 @@ class Row:
 
 ZERO_SHOT = tuple(Row(system) for system in ("raw", "ridge", "diffusion_bridge", "diffusion_link", "text_ceiling"))
 SUPERVISED = (Row("raw", "raw"), Row("diffusion_link", "diffusion_link"))
+DISJOINT = (Row("raw"), Row("ridge"), Row("diffusion_link"))
 OWN_DECODERS = (Row("capdec", "text_noised"), Row("c3", "text_centred", "centred"),
                 Row("diffusion_bridge", "text_bridged", "centred"))
 
@@ -415,19 +413,20 @@ def decoder_pairs(profile: Profile, decoder: str, train: Embeddings, seed: int,
     of = train if of is None else of
     noise = torch.randn(of.text.shape, generator=torch.Generator().manual_seed(seed))
     if decoder == "text":
-        return of.text, of.captions
-    if decoder == "text_noised":
+        vectors = of.text
+    elif decoder == "text_noised":
         variance = build("capdec", **chosen(profile, "capdec")).decoder_noise_variance
-        return normalize(of.text + variance**0.5 * noise, dim=1), of.captions
-    if decoder == "text_centred":
+        vectors = normalize(of.text + variance**0.5 * noise, dim=1)
+    elif decoder == "text_centred":
         peer = fit_system(profile, "c3", train)
-        centred = centre(of.text, peer.text_mean)
-        return normalize(centred + peer.decoder_noise_variance**0.5 * noise, dim=1), of.captions
-    if decoder == "text_bridged":
+        vectors = normalize(centre(of.text, peer.text_mean) + peer.decoder_noise_variance**0.5 * noise, dim=1)
+    elif decoder == "text_bridged":
         bridge = fit_system(profile, "diffusion_bridge", train, seed)
         assert isinstance(bridge, DiffusionBridge)
-        return bridge.map_text(of.text), of.captions
-    return system_vectors(profile, Row(decoder), train, of, seed)[of.text_clip], of.captions
+        vectors = bridge.map_text(of.text)
+    else:
+        vectors = system_vectors(profile, Row(decoder), train, of, seed)[of.text_clip]
+    return vectors, of.captions
 
 
 def disjoint_halves(embeddings: Embeddings, split: Split, seed: int = 0) -> tuple[Embeddings, Embeddings]:
@@ -477,7 +476,6 @@ class DecoderFit:
 
     @property
     def path(self) -> Path:
-        """The fit's checkpoint."""
         return self.profile.cache_dir / "captioners" / f"{self.name}-{self.seed}-{self.key.digest}.safetensors"
 
     @property
@@ -513,10 +511,11 @@ def decoder_fit(profile: Profile, train_on: str, seed: int, train: Embeddings, v
     """
     if train_on not in TEXT_DECODERS and train_on not in REGISTRY:
         raise ValueError(f"unknown decoder {train_on!r}: choose one of {', '.join([*TEXT_DECODERS, *REGISTRY])}")
-    return DecoderFit(profile, train_on, seed, train, select_clips(val, list(range(min(VAL_CLIPS, len(val.clip_ids))))))
+    watched = select_clips(val, list(range(min(VAL_CLIPS, len(val.clip_ids)))))
+    return DecoderFit(profile, train_on, seed, train, watched)
 
 
-# ------------------------------------------------------------------------------------------ Table 2: captions and scores
+# ---------------------------------------- Table 2: captions and scores
 def decoding_name(num_beams: int) -> str:
     """How metrics.csv calls it: greedy, beam 4."""
     return "greedy" if num_beams == 1 else f"beam {num_beams}"
@@ -550,14 +549,11 @@ def _read_texts(path: Path, n: int) -> list[str] | None:
 def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embeddings, val: Embeddings,
                  test: Embeddings, *, num_beams: int | None = None,
                  vectors_of: Callable[[Row], Tensor] | None = None) -> dict[Row, list[str]]:
-    """The captions of the test clips for every row, one training seed; what the cache holds is not generated again.
+    """row -> the captions of the n test clips, one training seed; what the cache holds is not generated again.
 
     Args:
         num_beams: None takes the profile's; 1 is greedy.
         vectors_of: row -> (n, D), where the vectors are not those of :func:`system_vectors`.
-
-    Returns:
-        row -> n captions.
     """
     rows, found, beams = list(rows), {}, num_beams or profile.captioner.num_beams
     for decoder in dict.fromkeys(row.decoder for row in rows):              # each is loaded once
@@ -576,11 +572,7 @@ def caption_rows(profile: Profile, rows: Iterable[Row], seed: int, train: Embedd
 
 def caption_seeds(profile: Profile, rows: Iterable[Row], seeds: Iterable[int], train: Embeddings, val: Embeddings,
                   test: Embeddings, *, num_beams: int | None = None) -> dict[int, dict[Row, list[str]]]:
-    """:func:`caption_rows` for several training seeds; without a GPU, decoders and captions are made side by side.
-
-    Returns:
-        seed -> row -> n captions.
-    """
+    """seed -> :func:`caption_rows`; without a GPU, decoders and captions are made side by side."""
     rows, seeds = list(rows), list(seeds)
 
     def fit(decoder: str, seed: int) -> DecoderFit:
@@ -606,16 +598,14 @@ def disjoint_rows(profile: Profile, seed: int, train: Embeddings, split: Split, 
                   num_beams: int | None = None) -> dict[Row, list[str]]:
     """The strict zero-shot rows: the mapping learns from one half of the recordings, the decoder from the other.
 
-    Args:
-        split: the training split, for its recordings. A clip that mixes both halves serves neither.
+    ``split`` is the training split, for its recordings. A clip that mixes both halves serves neither.
     """
     for_mapping, for_decoder = disjoint_halves(train, split)
 
     def vectors(row: Row) -> Tensor:
         return fit_system(profile, row.system, for_mapping, seed)(test.audio, noise_seed=NOISE_SEED)
 
-    rows = (Row("raw"), Row("ridge"), Row("diffusion_link"))
-    return caption_rows(profile, rows, seed, for_decoder, val, test, num_beams=num_beams, vectors_of=vectors)
+    return caption_rows(profile, DISJOINT, seed, for_decoder, val, test, num_beams=num_beams, vectors_of=vectors)
 
 
 def score_and_record(profile: Profile, experiment: str, captions: dict[int, dict[Row, list[str]]], test: Embeddings,

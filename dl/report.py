@@ -1,15 +1,15 @@
 """What is laid out from ``metrics.csv``: Tables 1 and 2, verdicts on the paper's claims, ablations, the comparison.
 
-A claim is a list of parts; a part compares one figure with a threshold by its 95 % interval over training seeds, noise
-seeds and recordings. The difference of two systems is paired: ``<experiment>:paired``, ``<ours>-<baseline>``. A part
-is **supported** if the interval lies on the claimed side, **partly_supported** if only the mean does,
-**not_supported** if the mean does not, **not_tested** without the figure. Of several parts the worst decides.
+A part of a claim compares one figure with a threshold by its 95 % interval over training seeds, noise seeds and
+recordings: **supported** if the interval lies on the claimed side, **partly_supported** if only the mean does,
+**not_supported** if the mean does not, **not_tested** without the figure. The worst part decides.
 """
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,15 @@ def interval(value: float, low: float = math.nan, high: float = math.nan, *, for
     return text + (f" [{', '.join(ends)}]" if len(ends) == 2 else "")
 
 
-def write_table(profile: Profile, name: str, rows: list[dict], columns: list[str], markdown: str) -> None:
-    """Write ``results/<profile>/<name>.csv`` and ``<name>.md``, each whole."""
+def spread(name: str, row: Any) -> dict[str, float]:
+    """``name``, ``name_ci_low`` and ``name_ci_high`` of a row of metrics.csv."""
+    return dict(zip((name + end for end in ENDS), (row.value, row.ci_low, row.ci_high), strict=True))
+
+
+def write_table(profile: Profile, name: str, rows: list[dict], columns: list[str], parts: list[str]) -> None:
+    """Write ``results/<profile>/<name>.csv`` and, of the parts, ``<name>.md``, each whole."""
     atomic_write(profile.results_dir / f"{name}.csv", csv_text(rows, columns))
-    atomic_write(profile.results_dir / f"{name}.md", markdown)
+    atomic_write(profile.results_dir / f"{name}.md", "\n".join(parts))
 
 
 def summed(frame: pd.DataFrame) -> dict[tuple[str, ...], Any]:
@@ -131,10 +136,9 @@ VERDICT_RULES = (
 
 
 def verdict(mean: float | None, ci_low: float | None, ci_high: float | None, side: str, threshold: float = 0.0) -> str:
-    """The verdict on one figure: supported, partly_supported, not_supported or not_tested.
+    """The verdict on one figure with its 95 % interval (None or NaN where there is none).
 
     Args:
-        mean, ci_low, ci_high: the figure and its 95 % interval; None or NaN where there is none.
         side, threshold: see :class:`Part`. Without an interval a figure is at most partly_supported.
 
     Raises:
@@ -147,10 +151,8 @@ def verdict(mean: float | None, ci_low: float | None, ci_high: float | None, sid
         return "not_tested"
     if side == "lower":
         value, low, high = -value, -high, -low
-    if side == "not_lower" and math.isnan(high):
-        return "partly_supported" if value >= 0 else "not_supported"
     if side == "not_lower":
-        return "supported" if high >= 0 else "not_supported"
+        return "supported" if high >= 0 else "partly_supported" if math.isnan(high) and value >= 0 else "not_supported"
     return "supported" if low > 0 else "partly_supported" if value > 0 else "not_supported"
 
 
@@ -176,7 +178,7 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
     if rule.profiles and profile_name not in rule.profiles:
         return row | {"note": f"tested in profile {' or '.join(rule.profiles)} only, this is {profile_name}"}
     figures, absent = summed(frame), []
-    judged: list[tuple[str, float, Part, tuple[float, float, float], str]] = []
+    judged: list[tuple[str, float, Part, tuple[float, float, float]]] = []
     for part in rule.parts:
         found: Any = figures.get(part.key)
         if found is None and part.optional:
@@ -184,20 +186,20 @@ def judge(rule: Rule, frame: pd.DataFrame, profile_name: str) -> dict:
             continue
         value, low, high = (getattr(found, name, math.nan) for name in ("value", "ci_low", "ci_high"))
         low, high = (value, value) if part.exact else (low, high)
-        word = verdict(value, low, high, part.side, part.threshold)
         margin = abs(value - part.threshold) / (high - low) if high > low else math.inf
-        judged.append((word, margin, part, (value, low, high), getattr(found, "decoding", "")))
-    notes = [f"{part.text(*figure)}: {word}" for word, _, part, figure, _ in judged]
+        judged.append((verdict(value, low, high, part.side, part.threshold), margin, part, (value, low, high)))
+    notes = [f"{part.text(*figure)}: {word}" for word, _, part, figure in judged]
     notes += ["not run: " + ", ".join(dict.fromkeys(absent))] if absent else []
     notes += control_notes(figures, rule)
     row |= {"verdict": combine([entry[0] for entry in judged]), "note": "; ".join(notes)}
     worst = [entry for entry in judged if entry[0] == row["verdict"] and not math.isnan(entry[3][0])]
     if not worst:
         return row
-    _, _, part, figure, decoding = min(worst, key=lambda entry: entry[1])
+    _, _, part, figure = min(worst, key=lambda entry: entry[1])
+    experiment, split, system, _, metric = part.key
+    decoding = figures[part.key].decoding
     runs = frame[(frame.experiment == part.experiment) & (frame.system == "diffusion_link") & (frame.seed != "all")
                  & (frame.split == "test") & (frame.decoding == decoding)]
-    experiment, split, system, _, metric = part.key
     evidence = f"metrics.csv: experiment={experiment}, split={split}, system={system}, metric={metric}, seed=all"
     return row | dict(zip(("ours", "ci_low", "ci_high"), figure, strict=True)) | {
         "n_seeds": runs.seed.nunique(), "decided_by": part.text(*figure),
@@ -208,16 +210,17 @@ def control_notes(figures: dict[tuple[str, ...], Any], rule: Rule) -> list[str]:
     """Where a control is not told apart from diffusion_link (the interval holds 0), or beats it."""
     notes = []
     for control in CONTROLS:
-        words: dict[str, list[str]] = {"is not told apart from": [], "beats": []}
+        equal, worse = [], []
         for metric in rule.controlled:
             row = figures.get(Part(rule.parts[0].experiment, metric, BETTER[metric], control).key)
             if row is None or math.isnan(row.ci_low):
                 continue
             if row.ci_low <= 0 <= row.ci_high:
-                words["is not told apart from"].append(metric)
+                equal.append(metric)
             elif (row.value > 0) != (BETTER[metric] == "higher"):
-                words["beats"].append(metric)
-        notes += [f"{control} {word} diffusion_link on {', '.join(found)}" for word, found in words.items() if found]
+                worse.append(metric)
+        notes += [f"{control} {word} diffusion_link on {', '.join(found)}"
+                  for word, found in (("is not told apart from", equal), ("beats", worse)) if found]
     return notes
 
 
@@ -228,11 +231,11 @@ def write_claims(profile: Profile) -> list[dict]:
     head = ["claim", "", "paper", "verdict", "the figure that decided, 95 % interval", "training seeds"]
     table = markdown_table(head, [[row["id"], row["claim"], row["paper_value"], row["verdict"].replace("_", " "),
                                    row["decided_by"], row["n_seeds"]] for row in rows], left=5)
-    details = "\n".join(f"**{row['id']}** {rule.rule}\n\n" + "".join(f"- {note}\n" for note in row["note"].split("; "))
-                        for rule, row in zip(VERDICT_RULES, rows, strict=True))
-    write_table(profile, "claims", rows, CLAIM_COLUMNS,
-                f"# Verdicts on the paper's claims, profile {profile.name}\n\nThe rules were fixed before any system "
-                f"was scored on test.\n\n{table}\n## Rules and figures\n\n{details}")
+    details = [f"**{row['id']}** {rule.rule}\n\n" + "".join(f"- {note}\n" for note in row["note"].split("; "))
+               for rule, row in zip(VERDICT_RULES, rows, strict=True)]
+    write_table(profile, "claims", rows, CLAIM_COLUMNS, [
+        (f"# Verdicts on the paper's claims, profile {profile.name}\n\nThe rules were fixed before any system was "
+         f"scored on test.\n\n{table}\n## Rules and figures\n"), *details])
     return rows
 
 
@@ -249,8 +252,8 @@ def score_rows(frame: pd.DataFrame, experiment: str, metrics: list[str]) -> list
         row = {"system": system, "space": space, "n_runs": len(runs[["seed", "noise_seed"]].drop_duplicates()),
                "n_seeds": runs.seed.nunique()}
         for found in group[(group.seed == "all") & group.metric.isin([*metrics, *COSTS])].itertuples():
-            row |= {found.metric: found.value, "n_items": row.get("n_items", found.n_items)}
-            row |= {f"{found.metric}_{end}": getattr(found, end) for end in ("sd", "ci_low", "ci_high", "reason")}
+            row |= {"n_items": found.n_items} | row | spread(found.metric, found)
+            row |= {f"{found.metric}_sd": found.sd, f"{found.metric}_reason": found.reason}
         rows += [row] if "n_items" in row else []
     order = {system: place for place, system in enumerate(SYSTEMS)}
     rows.sort(key=lambda row: (order.get(row["system"], len(order)), row["system"], row["space"] != "text"))
@@ -279,7 +282,7 @@ def mark_best(rows: list[dict], paired: pd.DataFrame, metrics: list[str]) -> Non
                 row[metric + "_mark"] = "tie"
 
 
-def _heading(metric: str) -> str:
+def heading(metric: str) -> str:
     return metric.replace("sbert_sim", SBERT_LABEL) + ARROWS.get(BETTER.get(metric, ""), "")
 
 
@@ -300,6 +303,12 @@ def _cell(row: dict, metric: str) -> str:
     value, _, ends = interval(*(row[metric + end] for end in ENDS), form=form).partition(" ")
     shown = {"best": "**{}**", "tie": "*{}*"}.get(row.get(metric + "_mark", ""), "{}").format(value)
     return " ".join(filter(None, [shown, "" if math.isnan(sd) else f"± {sd:{form}}", ends]))
+
+
+def _table(rows: list[dict], metrics: Iterable[str]) -> str:
+    """A line a system, a cell a metric."""
+    cells = [[_name(row), *(_cell(row, metric) for metric in metrics)] for row in rows]
+    return markdown_table(["system", *map(heading, metrics)], cells)
 
 
 # ---------------------------------------------------------------------------------------------------- Table 1: the gap
@@ -332,7 +341,8 @@ def write_table1(profile: Profile) -> pd.DataFrame:
         ValueError: there is nothing to show yet.
     """
     frame = MetricsFile(profile).frame()
-    metrics = list(dict.fromkeys(metric for panel in GAP_PANELS.values() for metric in (*panel, *WATCHED)))
+    panels = {title: list(dict.fromkeys((*panel, *WATCHED))) for title, panel in GAP_PANELS.items()}
+    metrics = list(dict.fromkeys(metric for panel in panels.values() for metric in panel))
     recorded = set(frame.metric[(frame.experiment == "gap") & (frame.split == "test")])
     metrics += sorted(recorded & set(DIRECTION) - set(metrics))
     rows = score_rows(frame, "gap", metrics)
@@ -348,15 +358,12 @@ def write_table1(profile: Profile) -> pd.DataFrame:
     items = ", ".join(sorted({str(row["n_items"]) for row in rows}))
     parts = [(f"# Table 1. The modality gap by system\n\nProfile {profile.name}, split test, n = {items} clips. "
               f"{TABLE1_LEGEND}\n"), f"## What each system uses\n\n{markdown_table(head, uses)}{REVERSE}"]
-    for title, panel in GAP_PANELS.items():
-        shown = list(dict.fromkeys((*panel, *WATCHED)))
-        cells = [[_name(row), *(_cell(row, metric) for metric in shown)] for row in rows]
-        parts.append(f"## {title}\n\n" + markdown_table(["system", *map(_heading, shown)], cells))
+    parts += [f"## {title}\n\n{_table(rows, panel)}" for title, panel in panels.items()]
     if reasons := sorted({f"- {m}: {row[m + '_reason']}" for row in rows for m in metrics if row.get(m + "_reason")}):
         parts.append("## Not computed\n\n" + "\n".join(reasons) + "\n")
     columns = ["system", "space", *FLAGS, *COSTS, "n_items", "n_runs",
                *(metric + end for metric in metrics for end in ("", "_sd", "_ci_low", "_ci_high", "_mark"))]
-    write_table(profile, "table1", rows, columns, "\n".join(parts))
+    write_table(profile, "table1", rows, columns, parts)
     return pd.DataFrame(rows)[[column for column in columns if column in set().union(*rows)]]
 
 
@@ -396,8 +403,8 @@ def write_table2(profile: Profile) -> pd.DataFrame:
         ValueError: no captions were scored yet.
     """
     frame = MetricsFile(profile).frame()
-    heading = "# Table 2. Captions with and without the bridge"
-    parts = [f"{heading}\n\nProfile {profile.name}, split test. {TABLE2_LEGEND}\n"]
+    parts = [("# Table 2. Captions with and without the bridge\n\n"
+              f"Profile {profile.name}, split test. {TABLE2_LEGEND}\n")]
     rows: list[dict] = []
     lacking: dict[tuple[str, str], dict[str, None]] = {}            # (metric, reason): the panels that lack it
     for experiment, (title, about) in CAPTION_PANELS.items():
@@ -405,7 +412,7 @@ def write_table2(profile: Profile) -> pd.DataFrame:
         found = [row for name in decodings for row in _caption_rows(frame[frame.decoding == name], experiment, name)]
         rows += found
         parts += [f"## {title}\n\n{about}\n", *_caption_panel(found)] if found else []
-        for metric, row in ((metric, row) for row in found for metric in METRICS):
+        for row, metric in product(found, METRICS):
             if reason := row.get(f"{metric}_reason"):
                 lacking.setdefault((metric, reason), {})[title.split(".")[0]] = None
     if not rows:
@@ -417,7 +424,7 @@ def write_table2(profile: Profile) -> pd.DataFrame:
                *(metric + end for metric in METRICS for end in ("", "_sd", "_ci_low", "_ci_high", "_t95", "_mark")),
                *(name + end for name in (GAIN, OVER_RIDGE) for end in ENDS), "paper_relative_gain",
                *(f"cider_d_{subset}{end}" for subset in SUBSETS for end in ENDS)]
-    write_table(profile, "table2", rows, columns, "\n".join(parts))
+    write_table(profile, "table2", rows, columns, parts)
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -434,8 +441,7 @@ def _caption_rows(frame: pd.DataFrame, experiment: str, decoding: str) -> list[d
             wanted[GAIN] = (f"{experiment}:paired", "test", f"{system}-raw", space, GAIN)
             wanted[OVER_RIDGE] = (f"{experiment}:paired", "test", f"{system}-ridge", space, "cider_d")
         for name, key in wanted.items():
-            if found := figures.get(key):
-                row |= {name: found.value, f"{name}_ci_low": found.ci_low, f"{name}_ci_high": found.ci_high}
+            row |= spread(name, figures[key]) if key in figures else {}
     return rows
 
 
@@ -457,16 +463,15 @@ def _caption_panel(rows: list[dict]) -> list[str]:
         known = name in row and row["system"] != "raw"
         return interval(*(row[name + end] for end in ENDS), form=form) if known else ""
 
-    parts = [table([*map(_heading, block)], [[_cell(row, metric) for metric in block] for row in rows])
+    parts = [table([*map(heading, block)], [[_cell(row, metric) for metric in block] for row in rows])
              for block in BLOCKS]
     gains = [[difference(row, GAIN, "+.1%"), row["paper_relative_gain"], difference(row, OVER_RIDGE, "+.3f")]
              for row in rows]
     parts.append(table(["CIDEr-D gain over raw, ours", "the paper's", "CIDEr-D minus ridge's"], gains))
     if subsets := [name for name in SUBSETS if any(f"cider_d_{name}" in row for row in rows)]:
-        parts.append("CIDEr-D on parts of the split; held-out and known phrasing have one reference a clip and "
-                     "compare with each other only.\n")
         cells = [[_cell(row, f"cider_d_{name}") for name in subsets] for row in rows]
-        parts.append(table([SUBSETS[name] for name in subsets], cells, start=3))
+        parts += [("CIDEr-D on parts of the split; held-out and known phrasing have one reference a clip and "
+                   "compare with each other only.\n"), table([SUBSETS[name] for name in subsets], cells, start=3)]
     return parts
 
 
@@ -522,7 +527,7 @@ def ablation_rows(frame: pd.DataFrame, n_seeds: int, train_steps: int) -> list[d
         pairs = [f"{ours}-{theirs}" for ours, theirs in permutations(labels, 2)]
         labels, same = (labels, same) if same else (["base", *labels], ["base"])
         labels = [*labels, *(pair for pair in pairs if (f"{experiment}:paired", pair, "rmg") in found)]
-        for label, metric in ((label, metric) for label in labels for metric in ABLATION_METRICS):
+        for label, metric in product(labels, ABLATION_METRICS):
             row = {"name": name, "variant": label, "is_base": int(label in same), "metric": metric}
             own = found.get(("ablation:base", "base", metric) if label in same else (experiment, label, metric))
             if own is not None:
@@ -530,8 +535,7 @@ def ablation_rows(frame: pd.DataFrame, n_seeds: int, train_steps: int) -> list[d
                         "n_seeds": 1 if math.isnan(own.sd) else n_seeds,
                         "train_steps": 0 if label.startswith("ridge") else train_steps}
             if paired := found.get((f"{experiment}:paired", label if own is None else f"{label}-base", metric)):
-                row |= {"difference": paired.value, "difference_ci_low": paired.ci_low,
-                        "difference_ci_high": paired.ci_high}
+                row |= spread("difference", paired)
             rows.append({key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in row.items()})
     return rows
 
@@ -571,13 +575,13 @@ def write_ablations(profile: Profile) -> pd.DataFrame:
         base = set(own.variant[own.is_base == 1])
         single, between = (own.variant[known].unique() for known in (own["mean"].notna(), own["mean"].isna()))
         lines = [[f"`{variant}`" + " (base)" * (variant in base), *cells.loc[variant]] for variant in single]
-        shown = markdown_table(["variant", *map(_heading, ABLATION_METRICS)], lines)
-        parts.append(f"## {name}\n\n{ABLATIONS[name][0]}\n\n{shown}")
+        parts.append(f"## {name}\n\n{ABLATIONS[name][0]}\n\n"
+                     + markdown_table(["variant", *map(heading, ABLATION_METRICS)], lines))
         if len(between):
             lines = [[f"`{pair}`", *cells.loc[pair]] for pair in between]
-            shown = markdown_table(["difference", *ABLATION_METRICS], lines)
-            parts.append(f"Paired differences at the same pairs:\n\n{shown}")
-    write_table(profile, "ablations", rows, ABLATION_COLUMNS, "\n".join(parts))
+            parts.append("Paired differences at the same pairs:\n\n"
+                         + markdown_table(["difference", *ABLATION_METRICS], lines))
+    write_table(profile, "ablations", rows, ABLATION_COLUMNS, parts)
     return table[ABLATION_COLUMNS]
 
 
@@ -624,10 +628,10 @@ def load_paper() -> pd.DataFrame:
     return pd.read_csv(REPO / "results/paper.csv", dtype=str, keep_default_na=False)
 
 
-def _paper_text(row: Any) -> str:
-    """A value of ``paper.csv`` as it is shown: "up to +52.5 % relative", "91.1", "?", "-"."""
+def _paper(row: Any) -> dict[str, str]:
+    """A value of ``paper.csv`` as it is shown ("up to +52.5 % relative", "91.1", "?"), and where it comes from."""
     shown = {"relative percent": f"+{row.value} % relative", "blocks": f"{row.value} blocks"}.get(row.unit, row.value)
-    return f"{row.bound} {shown}".strip()
+    return {"paper": f"{row.bound} {shown}".strip(), "paper_status": row.status}
 
 
 def comparison_rows(results: Path) -> list[dict]:
@@ -639,40 +643,38 @@ def comparison_rows(results: Path) -> list[dict]:
         path = results / f"{name}.csv"
         return pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records") if path.is_file() else []
 
-    paper = load_paper()
+    paper, rows = load_paper(), []
     on_audiocaps = get_profile(results.name).data_dir.name == "audiocaps"
     comparable = COMPARABLE["audiocaps" if on_audiocaps else "table"]
-    rows = []
     for claim in table("claims"):
         known = paper[paper.claim == claim["id"]].iloc[0]
         is_gain = known.metric == "cider_relative_gain"
         said = dict(part.split("=") for part in claim["evidence"].split(", ") if "=" in part)
         rows.append({
-            "part": "claims", "claim": claim["id"], "setting": known.setting,
+            "part": "claims", "claim": claim["id"], "setting": known.setting, **_paper(known),
             "metric": said.get("metric", known.metric),
             "system": said.get("system", "diffusion_link-raw" if is_gain else "diffusion_link"),
             **{name: claim[name] for name in ("ours", "ci_low", "ci_high", "n_seeds", "verdict", "evidence")},
-            "paper": _paper_text(known), "paper_status": known.status,
             "comparable": COMPARABLE["claim"] if is_gain and not on_audiocaps else comparable})
     for part, (settings, systems, metrics) in COMPARED.items():
         for row in table(part):
             setting, system = row.get("experiment", "gap"), row["system"]
             if setting not in settings or system not in systems or row["space"] != "text":
                 continue
-            name = "Diffusion-Link" if system == "diffusion_link" else ""
+            theirs = paper[(paper.system == ("Diffusion-Link" if system == "diffusion_link" else ""))
+                           & (paper.setting == setting)]
             where = [f"{column}={row[column]}" for column in ("experiment", "system", "decoding") if column in row]
-            for metric, theirs in metrics.items():
-                found = paper[(paper.system == name) & (paper.setting == setting) & (paper.metric == theirs)]
+            for metric, name in metrics.items():
+                found = theirs[theirs.metric == name]
                 rows.append({
                     "part": part, "setting": setting, "system": system, "metric": metric, "ours": row.get(metric, ""),
-                    "ci_low": row.get(f"{metric}_ci_low", ""), "ci_high": row.get(f"{metric}_ci_high", ""),
+                    **{end: row.get(f"{metric}_{end}", "") for end in ("ci_low", "ci_high")},
                     "n_seeds": row.get("n_seeds", ""), "comparable": comparable,
-                    "paper": _paper_text(found.iloc[0]) if len(found) else "?",
-                    "paper_status": found.status.iloc[0] if len(found) else "?",
+                    **(_paper(found.iloc[0]) if len(found) else {"paper": "?", "paper_status": "?"}),
                     "evidence": f"{part}.csv: {', '.join(where)}"})
     others = paper[(paper.system != "Diffusion-Link") & paper.metric.isin(CAPTION_FIGURES)]
     rows += [{"part": "others", "setting": row.setting, "system": row.system + (f" ({row.note})" if row.note else ""),
-              "metric": row.metric, "paper": _paper_text(row), "paper_status": row.status, "comparable": comparable,
+              "metric": row.metric, **_paper(row), "comparable": comparable,
               "evidence": "results/paper.csv"} for row in others.itertuples(index=False)]
     return rows
 
@@ -693,16 +695,15 @@ def write_comparison(profile: Profile) -> list[dict]:
         lines = [line for (setting, system), cells in parts[part].items() for line in (
             [setting, f"`{system}`", "ours", *(_ours(cells[metric]) for metric in metrics)],
             ["", "", "the paper", *(cells[metric]["paper"] for metric in metrics)])]
-        title = part.replace("table", "Table ")
-        tables += [markdown_table([title, "", "", *metrics], lines, left=3)] if lines else []
+        tables += [markdown_table([part.replace("table", "Table "), "", "", *metrics], lines, left=3)] if lines else []
     others = markdown_table(["system", "setting", *CAPTION_FIGURES.values(), "status"], [
         [system, setting, *(cells[metric]["paper"] for metric in CAPTION_FIGURES), cells["cider"]["paper_status"]]
         for (setting, system), cells in parts["others"].items()], left=2)
-    title = (f"# Ours beside the paper's, profile {profile.name}\n\n"
-             "\"?\" is unknown to us: only the paper's abstract and summaries of it were read.\n")
-    write_table(profile, "comparison", rows, COMPARISON_COLUMNS, "\n".join([
-        title, "## The claims\n", claims, "## Tables\n", "\n".join(tables), "## What others report on AudioCaps\n",
-        OTHERS.format(table=others)]))
+    write_table(profile, "comparison", rows, COMPARISON_COLUMNS, [
+        (f"# Ours beside the paper's, profile {profile.name}\n\n"
+         "\"?\" is unknown to us: only the paper's abstract and summaries of it were read.\n"),
+        "## The claims\n", claims, "## Tables\n", "\n".join(tables), "## What others report on AudioCaps\n",
+        OTHERS.format(table=others)])
     return rows
 
 

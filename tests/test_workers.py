@@ -43,10 +43,11 @@ def test_the_first_error_is_raised_and_the_rest_is_left_out(tmp_path):
 
 
 def test_processes_end_with_their_parent():
-    script = "import time; from dl.experiments import side_by_side\nif __name__ == '__main__': side_by_side(time.sleep, [(120,), (120,)], 2)"
+    script = ("import time; from dl.experiments import side_by_side\n"
+              "if __name__ == '__main__': side_by_side(time.sleep, [(120,), (120,)], 2)")
     parent = subprocess.Popen([sys.executable, "-c", script])
-    deadline = time.monotonic() + 60
-    while len(children := psutil.Process(parent.pid).children(recursive=True)) < 3 and time.monotonic() < deadline:    # two, and a tracker of files
+    deadline = time.monotonic() + 60                                        # two children, and a tracker of files
+    while len(children := psutil.Process(parent.pid).children(recursive=True)) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(3)
     parent.send_signal(signal.SIGKILL)
