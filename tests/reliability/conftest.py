@@ -1,38 +1,49 @@
-"""What the reliability tests count: faults tried and survived, bad inputs and what became of them, limits measured.
+"""What the reliability tests share; each enters what it tried into the ledger, and the run ends with its summary.
 
-Every test of this folder enters what it tried into the ledger; the run ends with its summary (``tests/conftest.py``).
-``./run_all.sh test --slow --write-reliability`` keeps it as ``results/reliability.csv``; no other run touches that file.
+``./run_all.sh test --slow --write-reliability`` keeps it as ``results/reliability.csv``; no other run does.
 """
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 from ledger import LEDGER, Ledger, peak_mb
+from test_caption_files import checkpoints, quick  # noqa: F401, fixtures
+from test_captioning import language_model, profile  # noqa: F401
+from test_environment import clone  # noqa: F401
+from test_pipeline import toy  # noqa: F401
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """hypothesis tries the same examples at every run, keeps nothing and has no deadline: the machine may be busy."""
+    settings.register_profile("reliability", max_examples=1000 if config.getoption("--slow") else 100, deadline=None,
+                              derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    settings.load_profile("reliability")
+    config.addinivalue_line("markers", "attempt(kind, part): the whole test is one attempt of the ledger")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    mark = pyfuncitem.get_closest_marker("attempt")
+    with LEDGER.attempt(*mark.args) if mark else nullcontext():
+        return (yield)
 
 
 @pytest.fixture
 def ledger() -> Ledger:
-    """The one ledger of this run."""
     return LEDGER
 
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded() -> Iterator[None]:
-    """After every file: none of the bad inputs made the test process grow without bound."""
+    """None of a file's bad inputs made the test process grow without bound."""
     yield
     LEDGER.measure("peak memory of the test process", peak_mb() / 1000, 8, "GB")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """hypothesis tries the same examples at every run and keeps nothing; no deadline, the machine may be busy; ten times as many with ``--slow``."""
-    examples = 1000 if config.getoption("--slow") else 100
-    settings.register_profile("reliability", max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-    settings.load_profile("reliability")
 
 
 @pytest.fixture

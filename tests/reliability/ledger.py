@@ -28,7 +28,6 @@ class Ledger:
         self.measures: dict[str, tuple[float, float, str]] = {}
 
     def add(self, kind: str, part: str, good: int = 0, bad: int = 0) -> None:
-        """Enter what became of ``good + bad`` attempts."""
         counts = self.counts.setdefault((kind, part), [0, 0])
         counts[0] += good
         counts[1] += bad
@@ -52,19 +51,20 @@ class Ledger:
 
     def rows(self, of: str) -> list[dict]:
         """The lines of ``results/reliability.csv``; ``of`` names the set of tests, fast or slow."""
-        rows = [{"kind": kind, "part": part, "tried": good + bad, "good": good, "good_means": KINDS[kind][1], "bad": bad, "bad_means": KINDS[kind][2],
-                 "set": of} for (kind, part), (good, bad) in sorted(self.counts.items())]
-        return rows + [{"kind": "limit", "part": part, "measured": value, "bound": bound, "unit": unit, "set": of}
-                       for part, (value, bound, unit) in sorted(self.measures.items())]
+        counts = [{"kind": kind, "part": part, "tried": good + bad, "good": good, "good_means": KINDS[kind][1],
+                   "bad": bad, "bad_means": KINDS[kind][2], "set": of}
+                  for (kind, part), (good, bad) in sorted(self.counts.items())]
+        return counts + [{"kind": "limit", "part": part, "measured": value, "bound": bound, "unit": unit, "set": of}
+                         for part, (value, bound, unit) in sorted(self.measures.items())]
 
     def lines(self) -> Iterator[str]:
         """The summary: a line a kind, with its parts; then the limits."""
         for kind, (what, good_means, bad_means) in KINDS.items():
             parts = {part: counts for (of, part), counts in sorted(self.counts.items()) if of == kind}
             if parts:
-                good, bad = (sum(counts[i] for counts in parts.values()) for i in (0, 1))
-                yield (f"{what}: {good + bad} tried, {good} {good_means}, {bad} {bad_means}"
-                       f"  ({', '.join(f'{part} {sum(counts)}' for part, counts in parts.items())})")
+                good, bad = map(sum, zip(*parts.values(), strict=True))
+                each = ", ".join(f"{part} {sum(counts)}" for part, counts in parts.items())
+                yield f"{what}: {good + bad} tried, {good} {good_means}, {bad} {bad_means}  ({each})"
         for part, (value, bound, unit) in sorted(self.measures.items()):
             yield f"limit: {part} {value:.3g} {unit}, allowed {bound:.3g}"
 
@@ -73,7 +73,7 @@ LEDGER = Ledger()
 
 
 def peak_mb() -> float:
-    """The largest resident memory of this process so far, MB. (``ru_maxrss`` counts that of the process it was started from.)"""
+    """The largest memory of this process so far, MB (``ru_maxrss`` counts that of the process it was started from)."""
     status = Path("/proc/self/status")
     if status.is_file():
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e6
@@ -83,11 +83,11 @@ def peak_mb() -> float:
 @contextmanager
 def nobody() -> Iterator[None]:
     """Inside, file permissions bind: the tests may run as root, whom none binds."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
     try:
         yield
     finally:
-        os.seteuid(0)
+        if root:
+            os.seteuid(0)

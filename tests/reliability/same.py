@@ -1,7 +1,6 @@
-"""The same small run under several numbers of threads: ``python same.py FOLDER THREADS [THREADS ...]``, a child for each.
+"""The same small run under several numbers of threads: ``python same.py FOLDER THREADS [THREADS ...]``.
 
-Writes ``<place>.safetensors`` for each: mini-CLAP's vectors of three scenes one by one and all at once, of captions one by one and all at
-once, the weights of a bridge and of a captioner after a few steps, what the bridge answers, gap metrics; and ``<place>.json``, captions.
+A child for each writes ``<place>.safetensors`` (vectors, weights, answers, metrics) and ``<place>.json``, captions.
 """
 from __future__ import annotations
 
@@ -26,33 +25,34 @@ CLIPS = 3
 
 
 def run(folder: Path, place: int) -> None:
-    profile = get_profile("smoke")
-    split = load_split(profile, "test")
+    split = load_split(get_profile("smoke"), "test")
     encoder = ClapEncoder.from_pretrained("mini", device="cpu")
     sounds = [split.waveform(i) for i in range(CLIPS)]
     captions = [text for texts in split.captions[:CLIPS] for text in texts]
     audio, text = encoder.embed_audio(sounds), encoder.embed_text(captions)
+    clip = torch.arange(CLIPS).repeat_interleave(5)
+    link, _ = train_bridge(BridgeConfig(train_steps=10, batch_size=16), audio, text, clip, seed=0, progress=False)
+    mapped = link(audio, add_noise=False)
+
+    config = CaptionerConfig(language_model=str(folder / "llama"), train_steps=4, batch_size=8, warmup_steps=1,
+                             projector_width=64, max_new_tokens=8, dtype="float32")
+    captioner = LLMCaptioner(audio.shape[1], config)
+    train_captioner(captioner, text, captions, seed=0)
+
+    reference = make_reference(Embeddings("test", split.clip_ids[:CLIPS], audio, text, clip, captions, []))
+    scores = score_system("diffusion_link", [(0, 0, mapped)], reference, make_draws(split.clusters[:CLIPS], 20))
     found = {
         "audio, all at once": audio, "audio, one by one": encoder.embed_audio(sounds, batch_size=1),
         "text, all at once": text, "text, one by one": encoder.embed_text(captions, batch_size=1),
+        "bridge, all at once": mapped,
+        "bridge, one by one": torch.cat([link(row[None], add_noise=False) for row in audio]),
+        "bridge, weights": torch.cat([value.flatten() for value in link.state_dict().values()]),
+        "captioner, weights": torch.cat([value.flatten() for value in captioner.trainable_state().values()]),
+        "metrics": torch.tensor([row["value"] for row in scores.rows()], dtype=torch.float64).nan_to_num(0.0),
     }
-    clip = torch.arange(CLIPS).repeat_interleave(5)
-    link, _ = train_bridge(BridgeConfig(train_steps=10, batch_size=16), audio, text, clip, seed=0, progress=False)
-    found["bridge, weights"] = torch.cat([value.flatten() for value in link.state_dict().values()])
-    found["bridge, all at once"] = link(audio, add_noise=False)
-    found["bridge, one by one"] = torch.cat([link(row[None], add_noise=False) for row in audio])
-
-    config = CaptionerConfig(language_model=str(folder / "llama"), train_steps=4, batch_size=8, warmup_steps=1, projector_width=64, max_new_tokens=8,
-                             dtype="float32")
-    captioner = LLMCaptioner(audio.shape[1], config)
-    train_captioner(captioner, text, captions, seed=0)
-    found["captioner, weights"] = torch.cat([value.flatten() for value in captioner.trainable_state().values()])
-
-    e = Embeddings("test", split.clip_ids[:CLIPS], audio, text, clip, captions, [])
-    scores = score_system("diffusion_link", [(0, 0, found["bridge, all at once"])], make_reference(e), make_draws(split.clusters[:CLIPS], 20))
-    found["metrics"] = torch.tensor([row["value"] for row in scores.rows()], dtype=torch.float64).nan_to_num(0.0)
     save_file({name: value.contiguous() for name, value in found.items()}, folder / f"{place}.safetensors")
-    (folder / f"{place}.json").write_text(json.dumps({"at once": captioner.generate(audio), "one by one": captioner.generate(audio, batch_size=1)}))
+    said = {"at once": captioner.generate(audio), "one by one": captioner.generate(audio, batch_size=1)}
+    (folder / f"{place}.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":

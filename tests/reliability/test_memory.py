@@ -1,4 +1,4 @@
-"""Memory is bounded: flat over a CSV of any length, the same for an hour of sound as for a minute, below 8 GB in every stage."""
+"""Memory is bounded: flat over a CSV of any length and an hour of sound, below 8 GB in every stage."""
 from __future__ import annotations
 
 import csv
@@ -21,15 +21,19 @@ VECTORS = 2 * 256 * 4 / 1e6          # MB a clip: its vector and that of its cap
 
 @pytest.mark.parametrize("clips", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_long_csv_is_streamed(tmp_path, ledger, clips):
-    """During the pass over the sounds memory stays where it was at a tenth of it; the vectors of all clips come together at the end alone."""
-    done = subprocess.run([sys.executable, REPO / "tests/reliability/million.py", tmp_path, str(clips)], capture_output=True, text=True, check=False,
-                          cwd=REPO, timeout=3000)
+    """From a tenth of the pass over the sounds on memory stays; the vectors of all clips come together at the end."""
+    million = [sys.executable, REPO / "tests/reliability/million.py", tmp_path, str(clips)]
+    done = subprocess.run(million, capture_output=True, text=True, check=False, cwd=REPO, timeout=3000)
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads(done.stdout)
-    assert len(report["during"]) >= 5
-    ledger.measure(f"growth over the pass, {clips:,} clips", max(report["during"][1:]) - report["during"][1], 50, "MB")
-    ledger.measure(f"table in memory, {clips:,} clips", (report["table"] - report["before"]) * 1000 / clips, 2.5, "kB a clip")
-    ledger.measure(f"peak when the vectors come together, {clips:,} clips", (report["peak"] - report["table"]) / (clips * VECTORS), 6, "times the vectors")
+    during, table = report["during"], report["table"]
+    assert len(during) >= 5
+    for part, value, bound, unit in (
+            ("growth over the pass", max(during[1:]) - during[1], 50, "MB"),
+            ("table in memory", (table - report["before"]) * 1000 / clips, 2.5, "kB a clip"),
+            ("peak when the vectors come together", (report["peak"] - table) / (clips * VECTORS), 6,
+             "times the vectors")):
+        ledger.measure(f"{part}, {clips:,} clips", value, bound, unit)
 
 
 def test_an_hour_takes_no_more_than_a_minute(tmp_path, ledger):
@@ -48,7 +52,7 @@ def test_an_hour_takes_no_more_than_a_minute(tmp_path, ledger):
 def test_every_stage_stays_below_8_gb(ledger):
     """``timing.csv`` holds the peak memory of each stage; the default run promises 8 GB."""
     with open(REPO / "results/mini/timing.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert {f"{number:02d}" for number in range(12)} <= {row["stage"] for row in rows}
-    for row in rows:
-        ledger.measure(f"peak memory of stage {row['stage']}, profile mini", float(row["peak_memory_mb"]) / 1000, 8, "GB")
+        peaks = {row["stage"]: float(row["peak_memory_mb"]) / 1000 for row in csv.DictReader(file)}
+    assert {f"{number:02d}" for number in range(12)} <= set(peaks)
+    for stage, peak in peaks.items():
+        ledger.measure(f"peak memory of stage {stage}, profile mini", peak, 8, "GB")
