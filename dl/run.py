@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 KERNEL_START_S = 600         # s that a kernel may take to answer: a cold network disk is slow
 KERNEL_ENDS_S = 2.0          # s, after which the kernel of a killed run is gone
 PATIENCE = timedelta(hours=12)     # how long a process waits for the one that opens the encoder or fits a bridge
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")     # what a launcher of several processes sets
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)     # what a disk without file locks answers (NFS, Lustre)
 METRICS = "metrics.csv"      # every stage keeps its own rows in it
 SHARED = (METRICS, "table2.csv", "table2.md", "claims.csv", "claims.md")     # several stages write them
@@ -480,7 +481,7 @@ def prepare_kernels(profile: Profile) -> None:
                          "set HOME to a folder that can be written") from None
     if profile.encoder == "mini":
         os.environ.setdefault("HF_HUB_OFFLINE", "1")          # all it needs is installed: no wait for a network
-    for name in ("JPY_SESSION_NAME", "JUPYTER_PATH"):         # a front end and kernels that are not the stages'
+    for name in ("JPY_SESSION_NAME", "JUPYTER_PATH", *LAUNCHED):   # a front end, kernels and a launcher of others
         os.environ.pop(name, None)
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"               # of two kernels called python3, this environment's
 
@@ -535,6 +536,9 @@ def list_stages(run: Run) -> None:
 # -------------------------------------------------- two long jobs of profile paper, alone or under accelerate launch
 def start() -> Accelerator:
     """This process among its kind; alone, where nothing was launched. It takes a GPU where there is one."""
+    if os.environ.get("MASTER_ADDR") is None:                 # left by another job: no launcher set it for this one
+        for name in LAUNCHED:
+            os.environ.pop(name, None)
     import torch
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -549,8 +553,7 @@ def embed(profile: Profile) -> int:
     from dl.data import load_split
 
     accelerator = start()
-    with accelerator.main_process_first():                            # the first converts a .pt
-        encoder = ClapEncoder.from_pretrained(profile.encoder, device=str(accelerator.device))
+    encoder = ClapEncoder.from_pretrained(profile.encoder, device=str(accelerator.device))
     for name in SPLITS:
         split, began = load_split(profile, name), time.perf_counter()
         found = embed_split(profile, split, encoder, progress=accelerator.is_main_process, accelerator=accelerator)

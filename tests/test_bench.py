@@ -82,7 +82,7 @@ def test_the_sizes_are_those_of_llama_2_7b_of_the_bridge_and_of_the_unet():
     model, tokenizer = models.random_llama(bench_gpu.CAPTIONER.prompt, {}, torch.bfloat16, torch.device("meta"))
     assert sum(parameter.numel() for parameter in model.parameters()) == 6_738_415_616
     assert models.matrix_sizes(model.config) == (6_476_005_376, 131_072_000) and len(tokenizer) == 32_000
-    assert tokenizer("Describe the audio you hear.\n").input_ids == [4, 5, 6, 7, 8, 9, 3]      # as many as Llama's gives
+    assert tokenizer("Describe the audio you hear.\n").input_ids == [4, 5, 6, 7, 8, 9, 3]    # as many as Llama's
     weights = sum(parameter.numel() for parameter in BridgeNetwork(512).parameters() if parameter.ndim == 2)
     flop = sum(m * k * n for m, k, n in models.bridge_products(bench_gpu.BRIDGE, 512))
     inputs = 2 * 1024 * 512                                  # two layers read data, which needs no gradient

@@ -124,7 +124,8 @@ def test_meteor_equals_the_worked_example(shipped):
 def test_replicates_are_scores_of_the_corpus_in_which_clips_repeat(results, split, shipped, monkeypatch):
     """Counts weighted by whole numbers give what pycocoevalcap's METEOR and BLEU say of repeated clips."""
     monkeypatch.setenv("PATH", str(shipped.path.parent))
-    given, *wanted = (ptb_tokenize(shipped, texts) for texts in (guesses(split, 1), *zip(*split.captions, strict=True)))
+    lists = (guesses(split, 1), *zip(*split.captions, strict=True))
+    given, *wanted = (ptb_tokenize(shipped, texts) for texts in lists)
     wanted = list(zip(*wanted, strict=True))
     counts, meteor = results.clips["raw", "text"][0, 0].counts, Meteor()
     for row in np.random.default_rng(0).multinomial(N, np.full(N, 1 / N), size=2):

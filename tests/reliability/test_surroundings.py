@@ -145,6 +145,16 @@ def test_a_kernel_of_the_same_name_elsewhere_is_not_taken(toy, tmp_path, monkeyp
     assert run_stages(toy, only=["A1"]) == 0 and ran(toy) == "A1"
 
 
+def test_ranks_that_another_job_left_in_the_shell_are_not_ours(toy, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    done = subprocess.run([sys.executable, "-c", "from dl.run import start; print(start().num_processes)"], cwd=REPO,
+                          capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "1"), done.stderr
+    assert run_stages(toy, only=["A1"]) == 0 and not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(os.environ)
+
+
 # ----------------------------------------------------------------------------------------------- how the commands end
 @pytest.mark.parametrize(("given", "taken"), [
     ("-0nq_360.wav a.wav", "./-0nq_360.wav a.wav"), ("-hX_30.WAV", "./-hX_30.WAV"), ("--PJ_30.opus", "./--PJ_30.opus"),
