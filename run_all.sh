@@ -59,6 +59,7 @@ find_python() {      # prints an interpreter of a right version that can make vi
 
 install() {
   local began=$SECONDS base owner pip clear=
+  [[ ! -L $venv ]] || fail ".venv is a link, and an install would change the environment it leads to: remove the link"
   if [[ -f "$venv/.installing" ]]; then
     owner="$(cat "$venv/.installing")"
     if is_install "$owner"; then

@@ -72,6 +72,15 @@ def test_a_number_left_by_a_killed_install(clone, left):
     assert ("VENV BEGUN" in said) == (left != "OTHER") and ("another run_all.sh" in said) == (left == "OTHER"), said
 
 
+def test_an_environment_behind_a_link_is_not_emptied(clone, tmp_path):
+    clone.fake_python()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/kept").write_text("")
+    (clone.root / ".venv").symlink_to(tmp_path / "own")
+    done = clone.run_all("test")
+    assert done.returncode == 1 and ".venv is a link" in done.stderr and (tmp_path / "own/kept").is_file()
+
+
 @pytest.mark.parametrize("setting", [{"PIP_USER": "1"}, {"PIP_TARGET": "target", "PIP_USER": "1"},
                                      {"PIP_CONFIG_FILE": "pip.conf"}], ids=lambda setting: next(iter(setting)))
 def test_pip_settings_of_the_user_do_not_reach_the_install(clone, tmp_path, setting):
