@@ -21,7 +21,8 @@ from dl.run import run_stages
 
 NO_INSTALL = 'case "$*" in *"-m venv"*) echo "VENV BEGUN"; exit 1 ;; *"--pins-only"*) exit 1 ;; *) {} ;; esac'
 PIP = """case "$*" in *"-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
-*"--pins-only"*) exit 1 ;; *"pip install"*) exec env PIP_NO_INDEX=1 "{}" "$@" ;; *hashlib*) echo x ;; *) exit 0 ;;
+*"--pins-only"*) exit 1 ;; *hashlib*) echo x ;;
+*"pip install"*) echo "elsewhere: $PIP_TARGET$PIP_PREFIX$PIP_ROOT."; exec env PIP_NO_INDEX=1 "{}" "$@" ;; *) exit 0 ;;
 esac"""
 pytestmark = pytest.mark.attempt("bad input", "surroundings")
 
@@ -81,8 +82,10 @@ def test_an_environment_behind_a_link_is_not_emptied(clone, tmp_path):
     assert done.returncode == 1 and ".venv is a link" in done.stderr and (tmp_path / "own/kept").is_file()
 
 
-@pytest.mark.parametrize("setting", [{"PIP_USER": "1"}, {"PIP_TARGET": "target", "PIP_USER": "1"},
-                                     {"PIP_CONFIG_FILE": "pip.conf"}], ids=lambda setting: next(iter(setting)))
+@pytest.mark.parametrize("setting", [
+    {"PIP_USER": "1"}, {"PIP_TARGET": "target", "PIP_USER": "1"}, {"PIP_PREFIX": "prefix"}, {"PIP_ROOT": "root"},
+    {"PIP_CONFIG_FILE": "pip.conf"},
+], ids=lambda setting: next(iter(setting)))
 def test_pip_settings_of_the_user_do_not_reach_the_install(clone, tmp_path, setting):
     """The install's own command, with a pip that may reach no index: it may fail for that alone."""
     clone.tool("python3.11", PIP.format(sys.executable))
@@ -92,6 +95,7 @@ def test_pip_settings_of_the_user_do_not_reach_the_install(clone, tmp_path, sett
     done = quiet([clone.root / "run_all.sh"], env={"PATH": str(clone.tools), "HOME": str(clone.root), **paths})
     log = (clone.root / ".venv/install.log").read_text()
     assert done.returncode == 1 and "--user" not in log and "torch==0.0.0" in log, log
+    assert "elsewhere: .\n" in log, log
 
 
 def test_line_ends_stay_as_they_are(tmp_path):
