@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from dl import check
@@ -57,6 +58,14 @@ def test_the_lock_repeats_the_pins_and_is_what_is_installed():
     locked = {name: exact(requirement) for name, requirement in APPLYING.items()}
     assert {name: version(name).split("+")[0] for name in APPLYING} == locked
     assert not [name for name in KEEP_OUT if importlib.util.find_spec(name)]
+
+
+def test_every_package_of_the_lock_runs_on_the_first_release_of_each_python():
+    """A Debian's 3.11 is 3.11.2: a package that asks for 3.11.5 would end the install there."""
+    wanted = {name: distribution(name).metadata["Requires-Python"] or "" for name in APPLYING}
+    too_new = {name: versions for name, versions in wanted.items()
+               for first in ("3.11.0", "3.12.0") if first not in SpecifierSet(versions)}
+    assert too_new == {}
 
 
 def test_the_lock_is_complete():
