@@ -110,7 +110,7 @@ def find_java() -> Java:
 
 
 def jar(folder: str, name: str) -> Path:
-    """Where a jar of pycocoevalcap is."""
+    """Where a jar of pycocoevalcap, or another of its files, is."""
     import pycocoevalcap
 
     return Path(next(iter(pycocoevalcap.__path__)), folder, name)
@@ -150,8 +150,9 @@ def meteor_counts(java: Java, candidates: list[str], references: list[list[str]]
     asked = [" ||| ".join(["SCORE", *of_clip, candidate])
              for candidate, of_clip in zip(candidates, references, strict=True)]
     place = {line: i for i, line in enumerate(dict.fromkeys(asked))}
+    paraphrases = jar("meteor", "data/paraphrase-en.gz")     # named: behind a blank METEOR does not find it
     answer = _run("METEOR", java.path, "-Xmx2G", "-jar", jar("meteor", "meteor-1.5.jar"), "-", "-", "-stdio",
-                  "-l", "en", "-norm", text="".join(line + "\n" for line in place)).stdout
+                  "-l", "en", "-norm", "-a", paraphrases, text="".join(line + "\n" for line in place)).stdout
     try:
         counts = np.array(answer.split(), dtype=float).reshape(len(place), 23)
     except ValueError:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -165,12 +166,15 @@ def test_tokens_are_those_of_the_ptb_tokenizer(shipped):
         "café quoted 3.5 -lsb- x -rsb- -lrb- y -rrb-", "= 1 +1", "a cat"]
 
 
-def test_java_reads_jars_below_a_folder_with_other_letters(tmp_path, monkeypatch, shipped):
-    folder = tmp_path / "mémoire 中"
-    folder.symlink_to(JARS)
+def test_java_works_where_a_path_holds_blanks_and_other_letters(tmp_path, monkeypatch, shipped):
+    """Copies, no links: Java looks through a link to the folder behind it."""
+    folder = tmp_path / "une mémoire 中"
+    for tool in ("tokenizer", "meteor"):
+        shutil.copytree(JARS / tool, folder / tool)
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setattr(captions, "jar", lambda tool, name: folder / tool / name)
     assert ptb_tokenize(shipped, ["A dog's bark."]) == ["a dog 's bark"]
+    assert meteor_from_counts(meteor_counts(shipped, ["a dog barks"], [["a dog barks"]])) == pytest.approx([1])
 
 
 # --------------------------------------------------------------------------------------------------- scores and rows
