@@ -36,6 +36,7 @@ MANIFEST_BYTES = 200_000_000        # sound files of a split up to this size cou
 RATES = range(1_000, 768_001)       # Hz [ours]; a header beyond it, or with more channels, is damaged
 MOST_CHANNELS = 64                  # [ours]
 UNKNOWN_FRAMES = 1 << 40            # a header that does not know its length gives more than this
+DECODER_DELAY = 529                 # samples ahead of an MP3 that libsndfile drops only where a frame says so
 UNKNOWN_LENGTH = 0x7FFF0000         # bytes; a WAV from a pipe announces about this or more: "until the end"
 ANNOUNCED = re.compile(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)   # libsndfile's log
 FORMATS = "give a WAV, FLAC, Ogg, Opus or MP3 file"
@@ -101,6 +102,8 @@ def open_audio(path: str | Path) -> Iterator[soundfile.SoundFile]:
                                  "which cannot be true; export it again")
             if file.frames >= UNKNOWN_FRAMES:                       # else soundfile would seek behind the last block
                 file.seekable = lambda: False
+            if isinstance(source, EndlessMp3):
+                file.read(DECODER_DELAY)
             yield file
     except PermissionError:
         raise AudioError(f"{path}: may not be read (permission denied); change its mode or owner") from None

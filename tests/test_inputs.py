@@ -51,8 +51,8 @@ def bare_mp3(path: Path, bitrate_mode: str = "VARIABLE", cover: int = 0, rate: i
 ])
 def test_a_whole_file_is_heard_whole(tmp_path, make, options):
     make(tmp_path / "sound", **options)
-    assert len(read_audio(tmp_path / "sound")) / 48_000 == pytest.approx(12, abs=0.2)
-    assert max(end for _, end, _ in read_windows(tmp_path / "sound")) == pytest.approx(12, abs=0.2)
+    assert len(read_audio(tmp_path / "sound")) / 48_000 == pytest.approx(12, abs=0.15)
+    assert max(end for _, end, _ in read_windows(tmp_path / "sound")) == pytest.approx(12, abs=0.15)
 
 
 def test_an_mp3_that_knows_its_length_is_left_alone(tmp_path):
