@@ -26,7 +26,6 @@ from dl.config import BridgeConfig
 from dl.scheduler import DDIMScheduler, ddim_sample, standard_normal
 from dl.store import atomic_write
 
-SCHEDULE_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 INFERENCE_FIELDS = ("start_timestep", "num_inference_steps", "add_noise")
 TOPOLOGY_FORMS = ("gram", "softmax_kl", "cross_gram", "distance")
 
