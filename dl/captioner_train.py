@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dl.captioner import LLMCaptioner, check_embeddings, like, memory_advice, whole
 from dl.config import CaptionerConfig, number_format
 from dl.store import atomic_write, content, csv_text, key, load_checkpoint, save_checkpoint
-from dl.train import seeded
+from dl.train import seeded, under
 
 CHECKPOINT_EVERY = 50     # steps between two checkpoints
 HISTORY_ROWS = 50         # rows of a history, each the mean over the steps since the row before
@@ -168,10 +168,10 @@ def train_captioner(
     best: dict[str, Tensor] = {}
     if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
-        captioner.load_trainable_state(_part(tensors, "weights."))
-        best = _part(tensors, "best.")
+        captioner.load_trainable_state(under(tensors, "weights."))
+        best = under(tensors, "best.")
         if not state["finished"]:
-            _load_optimizer(optimizer, _part(tensors, "optimizer."))
+            _load_optimizer(optimizer, under(tensors, "optimizer."))
     if len(set(accelerator.gather(torch.tensor([state["step"]], device=accelerator.device)).tolist())) > 1:
         raise ValueError(f"the processes do not all see {checkpoint_path}: put the results folder (DL_RESULTS) on a "
                          "disk that all machines share")
@@ -260,11 +260,6 @@ def _save(path: Path, captioner: LLMCaptioner, optimizer: torch.optim.Optimizer,
     if write:
         atomic_write(path.with_suffix(".csv"), csv_text(state["history"], HISTORY_COLUMNS))
         save_checkpoint(path, tensors, state, run)
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with ``prefix``, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

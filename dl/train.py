@@ -128,10 +128,10 @@ def fit(
     if checkpoint_path is not None and (found := load_checkpoint(checkpoint_path, run)):
         tensors, state = found
         done, history, totals, since = state["step"], state["history"], state["totals"], state["since"]
-        ema.network.load_state_dict(_under(tensors, "ema."))
+        ema.network.load_state_dict(under(tensors, "ema."))
         if done < config.train_steps:
-            network.load_state_dict(_under(tensors, "network."))
-            moments = {i: _under(tensors, f"optimizer.{i}.") for i in range(len(shapes))}
+            network.load_state_dict(under(tensors, "network."))
+            moments = {i: under(tensors, f"optimizer.{i}.") for i in range(len(shapes))}
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
             generator.set_state(tensors["generator"])
@@ -191,7 +191,7 @@ def fit(
     return pd.DataFrame(history)
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names start with ``prefix``, copied, without it."""
     return {name.removeprefix(prefix): value.clone() for name, value in tensors.items() if name.startswith(prefix)}
 
